@@ -1,0 +1,74 @@
+"""Several processes as one: how they start, how embeddings cross them with their gradients, how they agree."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def make_accelerator(precision: str):
+    """Return Accelerate's state for this process; refuse a launch whose processes do not know of each other.
+
+    Without `cpu=True` a launch of two CPU processes starts two runs, each believing it is alone (facts: Accelerate 1.15).
+    """
+    from accelerate import Accelerator
+
+    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but {accelerator.num_processes} found each other. On CPU use: accelerate "
+            "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m softmoe_clip ..."
+        )
+    return accelerator
+
+
+def world_size() -> int:
+    """Return the number of processes in this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_offset(num_local: int) -> int:
+    """Return the row at which this process's part begins in a gathered tensor."""
+    return dist.get_rank() * num_local if dist.is_initialized() else 0
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """All-gather whose backward sums what every process wants of a row; `accelerator.gather` drops gradients."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        everyone = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(everyone, local.contiguous())
+        return everyone
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_grad(local: Tensor) -> Tensor:
+    """Return the rows of all processes, in rank order, differentiable; every process must hold equally many."""
+    return local if world_size() == 1 else _GatherWithGrad.apply(local)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a scalar over all processes, without gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is up in at least one process, the same answer in all of them."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

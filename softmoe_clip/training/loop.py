@@ -1,0 +1,185 @@
+"""The training loop: read it from top to bottom. What happens now and then stands where it happens."""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from softmoe_clip.config import TrainConfig
+from softmoe_clip.data_pipelines.ledger import Ledger
+from softmoe_clip.data_pipelines.loader import train_batches
+from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.transforms import Augment
+from softmoe_clip.models.store import LoadedModel, save
+from softmoe_clip.moe.stats import collect_routing
+from softmoe_clip.training.build import build, normalise
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.distributed import any_process, make_accelerator, mean_over_processes
+from softmoe_clip.training.losses import LOSSES
+from softmoe_clip.training.measure import measure
+from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.run_folder import begin, is_finished, say
+from softmoe_clip.training.run_log import RunLog
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved its state, and goes on when it is started again."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, or go on exactly where the run in `config.out` stopped, and return the run folder.
+
+    Raises Stopped after Ctrl-C or SIGTERM, once the state is saved; ValueError when the loss is not finite.
+    """
+    run = Path(config.out)
+    if is_finished(run, config):
+        say(f"{run} is finished ({config.last_step} steps); nothing to do. Its model is {run / 'model'}.")
+        return run
+
+    accelerator = make_accelerator(config.precision)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    shards = ShardSet.open(config.data.train)
+    if is_main:
+        begin(run, config, shards)
+    accelerator.wait_for_everyone()
+
+    loaded = build(config)
+    towers = loaded.model.to(device)
+    optimizer = adamw(towers, config.optim)
+    done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
+    model, optimizer = accelerator.prepare(towers, optimizer)
+    learning_rate = schedule(config.optim, config.last_step)
+    loss_function = LOSSES[config.loss]
+    log = RunLog(run, done.step) if is_main else None
+    ledger = Ledger(run / "skipped.jsonl", last_step=done.step) if is_main else None
+    if is_main:
+        say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
+        if done.step:
+            say(f"going on after step {done.step} of {config.last_step}")
+
+    def checkpoint() -> None:
+        accelerator.wait_for_everyone()
+        if is_main:
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
+            save(LoadedModel(towers, loaded.tokenizer, loaded.transform, loaded.config), run / "model")
+        accelerator.wait_for_everyone()
+
+    batches = train_batches(
+        shards,
+        loaded.tokenizer,
+        image_size=loaded.image_size,
+        augment=Augment(crop_scale=tuple(config.data.crop_scale), flip=config.data.flip),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=done.samples_seen,
+        num_batches=config.last_step - done.step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.num_workers,
+        caption=config.data.caption,
+        shuffle_captions=config.data.shuffle_captions,
+    )
+    bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
+    with stop_signals() as stop, bar as advance:
+        model.train()
+        since, pairs_since = perf_counter(), 0
+        for batch in batches:
+            step = done.step + 1
+            reports = every(config.log_every, step, config.last_step)
+            seed_step(config.seed, step, accelerator.process_index)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done.step)
+
+            with collect_routing() if reports else nullcontext() as routing:
+                out = model(normalise(batch.images.to(device, non_blocking=True), loaded), batch.token_ids.to(device))
+            loss = loss_function(
+                out["image_features"].float(), out["text_features"].float(), out["logit_scale"], out.get("logit_bias")
+            )
+            loss_value = mean_over_processes(loss).item()
+            if not math.isfinite(loss_value):
+                raise ValueError(
+                    f"loss is {loss_value} at step {step}, sample keys {' '.join(batch.keys)}: lower optim.lr"
+                )
+            accelerator.backward(loss)
+            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if config.loss == "clip":
+                with torch.no_grad():
+                    towers.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+            done = Progress(step, done.samples_seen + config.batch_size)
+            pairs_since += config.batch_size
+            stopping = any_process(bool(stop), device)
+            is_last = step == config.last_step
+            if is_main:
+                ledger.write(step, batch.replaced)
+                advance(1, note=f"loss {loss_value:.3f}")
+            if is_main and reports:
+                numbers = {
+                    "samples_seen": done.samples_seen,
+                    "loss": loss_value,
+                    "lr": learning_rate(step - 1),
+                    "logit_scale": towers.logit_scale.exp().item(),
+                    "gradient_norm": float(gradient_norm),
+                    "pairs_per_second": pairs_since / (perf_counter() - since),
+                    "replaced": ledger.count,
+                    **routing.summary(),
+                }
+                log.write(step, numbers)
+                since, pairs_since = perf_counter(), 0
+            if every(config.eval.every, step, config.last_step) and not stopping:
+                if is_main:
+                    numbers = measure(loaded, config, run, step, device)
+                    log.write(step, numbers)
+                    say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k in HEADLINES))
+                accelerator.wait_for_everyone()
+                model.train()
+                since, pairs_since = perf_counter(), 0
+            if stopping or every(config.checkpoint_every, step, config.last_step):
+                checkpoint()
+            if stopping and not is_last:
+                raise Stopped(f"stopped after step {step} of {config.last_step}; start the same command again to go on")
+    if is_main:
+        log.close()
+        say(f"trained {config.last_step} steps; the model is {run / 'model'}")
+    return run
+
+
+HEADLINES = ("val/loss",)
+
+
+def every(interval: int, step: int, last_step: int) -> bool:
+    """Return True each `interval` steps and on the last one; an interval of 0 means only the last."""
+    return step == last_step or (interval > 0 and step % interval == 0)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout and the like a function of (seed, step, process), so that a resumed run draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM instead of dying of them; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def receive(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

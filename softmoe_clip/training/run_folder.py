@@ -1,0 +1,65 @@
+"""A run folder: begun once with its config, gone on with only under a config that makes the same run."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
+from softmoe_clip.training.checkpoint import newest_step
+from softmoe_clip.training.run_log import environment
+
+
+def say(text: str) -> None:
+    """Print one line for a person, on stderr, so that stdout stays for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def as_tree(config: TrainConfig) -> dict:
+    """Return a config as plain nested dictionaries and lists, as they stand in config.yaml."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def begin(run: Path, config: TrainConfig, shards) -> None:
+    """Write config.yaml and what else reproduces the run, or check that the run there is this one."""
+    saved = run / "config.yaml"
+    if saved.exists():
+        refuse_another_run(run, config, shards.fingerprint())
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} holds files but no run (no config.yaml): give another folder as out")
+    run.mkdir(parents=True, exist_ok=True)
+    facts = environment() | {"data": shards.fingerprint(), "pairs": len(shards)}
+    if not saved.exists():
+        (run / "versions.json").write_text(json.dumps(facts, indent=2) + "\n")
+    elif (before := json.loads((run / "versions.json").read_text()))["threads"] != facts["threads"]:
+        say(f"this run began with {before['threads']} threads, now {facts['threads']}: the last bits will differ")
+    temporary = run / "config.yaml.tmp"
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
+    temporary.rename(saved)
+
+
+def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str) -> None:
+    """Refuse to go on under a config or data that would make another run, naming each difference."""
+    before = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    now = flatten(as_tree(config))
+    differences = [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE_AT_RESUME)
+    ]
+    if differences:
+        raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
+    if json.loads((run / "versions.json").read_text())["data"] != fingerprint:
+        raise ValueError(
+            f"{run} was begun with other data than {config.data.train} holds now: give another folder as out"
+        )
+
+
+def is_finished(run: Path, config: TrainConfig) -> bool:
+    """Return whether the run in this folder has reached its last step and written its model."""
+    if newest_step(run / "checkpoints") < config.last_step or not (run / "model").exists():
+        return False
+    refuse_another_run(run, config, json.loads((run / "versions.json").read_text())["data"])
+    return True
