@@ -1,0 +1,86 @@
+"""Make an output folder appear whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Yield a hidden folder beside OUT and rename it to OUT at the end; on any error or Ctrl-C remove it.
+
+    What an earlier process left there when it was killed is cleared. Raises ValueError for a non-empty OUT, OSError with
+    one sentence for a full disk.
+    """
+    out = Path(out).absolute()
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    partial.mkdir(exist_ok=True)
+    lock = _lock(partial, out)
+    try:
+        _clear(partial)
+        yield partial
+        sync(partial)
+        refuse_existing(out)
+        os.rename(partial, out)
+        sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise OSError(
+                f"no space left while writing {out} ({error.strerror}): nothing was kept, "
+                "free some space or choose another folder"
+            ) from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Refuse an output folder that holds something already, or that is a file."""
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder to write into")
+
+
+def sync(path: str | Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(partial: Path, out: Path) -> int:
+    """The lock dies with its process, so that a folder left by a killed one is told from one in use."""
+    import fcntl
+
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        in_use = not (partial.exists() and os.path.samestat(os.stat(partial), os.fstat(descriptor)))
+    except BlockingIOError:
+        in_use = True
+    except OSError:
+        in_use = False  # some network file systems lock no folders: then only the check of OUT protects
+    if in_use:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing {out} right now: wait for it or choose another folder")
+    return descriptor
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
