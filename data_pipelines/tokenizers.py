@@ -1,0 +1,201 @@
+"""From captions to ids: sentencepiece as the reference uses it, and CLIP's BPE through open_clip; one interface."""
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SETTINGS_FILE = "softmoe_tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+# The trainer skips sentences over 4,192 bytes; 1,000 characters are at most 4,000.
+MAX_TRAINING_CHARACTERS = 1000
+# No vocabulary known to us has pieces longer than 32 characters, so that what is cut off could not have become an id.
+CHARACTERS_PER_ID = 32
+
+
+class Tokenizer(Protocol):
+    """What a tower needs of its tokenizer: int64 (b, l) for b captions, padded with `pad_id`, end token kept."""
+
+    context_length: int
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+
+    def __call__(self, captions: list[str]) -> Tensor: ...
+
+    def save(self, folder: str | Path) -> None: ...
+
+
+class SentencePieceTokenizer:
+    """Lower-cased sentencepiece ids with a sticky end token: cut to fit, the last id is always the end token.
+
+    Padding is the end token too, as in the reference, so a tower that pools the last position always meets it.
+    """
+
+    def __init__(self, model_file: str | Path, context_length: int):
+        from sentencepiece import SentencePieceProcessor
+
+        check_context_length(context_length)
+        self.context_length = context_length
+        self.model_bytes = Path(model_file).read_bytes()
+        try:
+            self.processor = SentencePieceProcessor(model_proto=self.model_bytes)
+        except (RuntimeError, OSError):
+            raise ValueError(
+                f"{model_file} is no whole sentencepiece model: make one with `softmoe-clip train-tokenizer`"
+            ) from None
+        self.vocab_size = self.processor.vocab_size()
+        self.eos_id = self.pad_id = self.processor.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"{model_file} has no end token: train the sentencepiece model with an eos_id")
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l)."""
+        token_ids = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
+        # One thread: callers are loader workers, and a thread pool would not survive their fork.
+        texts = [shortened(caption, self.context_length).lower() for caption in captions]
+        for row, ids in zip(token_ids, self.processor.encode(texts, num_threads=1), strict=True):
+            ids = ids[: self.context_length - 1]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return token_ids
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model and its settings into a tokenizer or model folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / MODEL_FILE).write_bytes(self.model_bytes)
+        write_settings(folder, "sentencepiece", self.context_length)
+
+
+class OpenClipTokenizer:
+    """CLIP's BPE vocabulary, from open_clip's own `SimpleTokenizer`."""
+
+    def __init__(self, context_length: int):
+        from open_clip import SimpleTokenizer
+
+        check_context_length(context_length)
+        self.context_length = context_length
+        self.tokenizer = SimpleTokenizer(context_length=context_length)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.eos_id = self.tokenizer.eot_token_id
+        self.pad_id = 0
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l)."""
+        return self.tokenizer([shortened(caption, self.context_length) for caption in captions])
+
+    def save(self, folder: str | Path) -> None:
+        """Write the settings; the vocabulary is part of open_clip."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_settings(folder, "open_clip", self.context_length)
+
+
+def open_clip_tokenizer(context_length: int = 77) -> OpenClipTokenizer:
+    """Make a tokenizer with CLIP's BPE vocabulary (49,408 ids)."""
+    return OpenClipTokenizer(context_length)
+
+
+def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
+    """Load from a folder that `save` wrote, or a sentencepiece model file; `context_length` wins over the saved one.
+
+    Raises ValueError where nothing says how long the rows are, or what kind of tokenizer it is.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(
+            f"tokenizer {source} does not exist: give a folder with {SETTINGS_FILE} or a sentencepiece model"
+        )
+    settings = read_settings(source) if source.is_dir() else {"kind": "sentencepiece"}
+    context_length = context_length or settings.get("context_length")
+    if context_length is None:
+        raise ValueError(f"tokenizer {source} does not say its context_length: give one")
+    if settings["kind"] == "open_clip":
+        return OpenClipTokenizer(context_length)
+    return SentencePieceTokenizer(source / MODEL_FILE if source.is_dir() else source, context_length)
+
+
+def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: int = 2000) -> None:
+    """Train a sentencepiece unigram model on lower-cased captions; the same captions always give the same bytes.
+
+    The vocabulary gets smaller by itself where the captions don't hold that many pieces. End token 1, as in the
+    reference. Raises ValueError without captions.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    texts = (
+        text
+        for caption in captions
+        if (text := shortened(caption, MAX_TRAINING_CHARACTERS // CHARACTERS_PER_ID).lower())
+    )
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("a tokenizer needs captions to train on, and there are none: check the shards' .txt members")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=chain([first], texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            num_threads=1,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these captions ({reason})") from None
+    write_whole(Path(out_file), model.getvalue())
+
+
+def shortened(caption: str, num_ids: int) -> str:
+    """Make runs of white space one space, and cut off what cannot become one of the first `num_ids` ids."""
+    # Without the cut, one word of 10,000 letters keeps CLIP's BPE busy for minutes.
+    return " ".join(caption.split())[: num_ids * CHARACTERS_PER_ID]
+
+
+def check_context_length(context_length: int) -> None:
+    """Refuse rows without room for a word and the end token."""
+    if context_length < 2:
+        raise ValueError(f"context_length must be 2 or more, got {context_length}")
+
+
+def write_settings(folder: str | Path, kind: str, context_length: int) -> None:
+    """Say in the folder which tokenizer it is."""
+    text = json.dumps({"kind": kind, "context_length": context_length}, indent=2) + "\n"
+    write_whole(Path(folder) / SETTINGS_FILE, text.encode())
+
+
+def read_settings(folder: Path) -> dict:
+    """Read what `write_settings` wrote; a lone sentencepiece model needs no settings."""
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        if (folder / MODEL_FILE).exists():
+            return {"kind": "sentencepiece"}
+        raise ValueError(f"{folder} holds no tokenizer: neither {SETTINGS_FILE} nor {MODEL_FILE} is there")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings["kind"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{file} is damaged: it should hold a kind and a context_length") from None
+    if kind not in ("sentencepiece", "open_clip"):
+        raise ValueError(f"{file} names the kind {kind!r}; known are sentencepiece and open_clip")
+    return settings
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write under a temporary name and rename, so that no half-written file stays."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
