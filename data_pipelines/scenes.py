@@ -1,0 +1,238 @@
+"""Plan and write the embedded data set: drawn scenes to train on, and held-out ones to measure with.
+
+A fifth of all colour-and-shape pairs (`is_unseen`) never occurs in training, neither drawn nor told.
+"""
+
+from contextlib import closing
+from itertools import count, product
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from softmoe_clip.data_pipelines.new_folder import new_folder
+from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.scenes_draw import pictures, usable_processes
+from softmoe_clip.data_pipelines.scenes_grammar import (
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    Arrangement,
+    Scene,
+    Thing,
+    captions,
+    full_captions,
+    relation_and_reversed,
+)
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
+
+PICTURES_PER_CLASS = 10
+NUM_RELATIONS = 500
+# Streams of random numbers: one per split, so that no set depends on the size of another.
+TRAIN, TWINS, VAL, COMBINATIONS, RELATIONS = range(5)
+
+Kind = Literal["single", "pair", "three"]
+# In turn over the indices of a split, so that every shard holds the whole mixture.
+TRAIN_KINDS: tuple[Kind, ...] = ("single", "pair") * 4 + ("three", "pair")
+VAL_KINDS: tuple[Kind, ...] = ("single", "pair", "three", "pair", "single", "pair", "three", "pair", "single", "pair")
+
+MARGIN = 0.025
+GAP = 0.03
+
+
+class Sample(NamedTuple):
+    """A planned scene with all that is written beside its picture."""
+
+    scene: Scene
+    captions: tuple[str, ...]
+    extra: dict
+    label: int | None = None
+
+
+def write_scenes(
+    out: str | Path,
+    num_train: int = 5000,
+    num_val: int = 500,
+    seed: int = 0,
+    image_size: int = 64,
+    num_processes: int | None = None,
+) -> None:
+    """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
+
+    - train: 40 % one object, 50 % two, 10 % three, with two to four captions each. Scenes of two come in fours: the
+      same two objects in each relation, so that only the relation tells their captions apart.
+    - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
+      retrieval; every other ten hold an unseen pair (json `unseen`). Captions name every texture, colour and shape.
+    - combinations: `PICTURES_PER_CLASS` single objects for each unseen pair in each texture, with `.cls` labels and
+      classnames.txt, for zero-shot.
+    - relations: two objects with one true caption and, in json `reversed`, the false one with the same words; both
+      objects are of unseen pairs in every other sample (json `unseen`).
+
+    Raises ValueError where OUT is not empty.
+    """
+    if min(num_train, num_val, image_size - 15) < 1:
+        raise ValueError(
+            f"scenes need num_train and num_val >= 1 and image_size >= 16, got {num_train=}, {num_val=}, {image_size=}"
+        )
+    train = [train_sample(seed, index) for index in range(num_train)]
+    known = {sample.scene.description for sample in train}
+    splits = {
+        "train": train,
+        "val": val_samples(seed, num_val, known),
+        "combinations": combination_samples(seed),
+        "relations": relation_samples(seed, known),
+    }
+    with new_folder(out) as folder:
+        _write(folder, splits, image_size, num_processes or usable_processes(num_train))
+        names = "".join(f"{name}\n" for name in unseen_names())
+        (folder / "combinations" / "classnames.txt").write_text(names, "utf-8")
+
+
+def is_unseen(colour: str, shape: str) -> bool:
+    """True for pairs that never meet in training: two shapes of each colour, two colours of each shape, for any seed."""
+    return (SHAPES.index(shape) + 3 * COLOURS.index(colour)) % 5 == 4
+
+
+def unseen_names() -> list[str]:
+    """List the zero-shot classes, each unseen pair in each texture: "striped red star"."""
+    return [
+        f"{texture} {colour} {shape}"
+        for colour, shape, texture in product(COLOURS, SHAPES, TEXTURES)
+        if is_unseen(colour, shape)
+    ]
+
+
+def train_sample(seed: int, index: int) -> Sample:
+    """Plan one training scene, a function of its arguments alone."""
+    kind = TRAIN_KINDS[index % len(TRAIN_KINDS)]
+    rng = np.random.default_rng([seed, TRAIN, index])
+    scene_seed = (seed, TRAIN, index)
+    if kind == "pair":
+        # Pairs sit at odd indices. Four in a row hold the same two objects, in each of their four relations.
+        group, member = divmod(index // 2, 4)
+        names = _names(np.random.default_rng([seed, TWINS, group]), 2, (False, False))
+        scene = _arrange(names[:: 1 if member < 2 else -1], ("row", "column")[member % 2], rng, scene_seed)
+    else:
+        scene = _scene(kind, rng, scene_seed, (False,) * 3)
+    return Sample(scene, captions(scene, rng), _extra(scene))
+
+
+def val_samples(seed: int, num_samples: int, known: set[tuple[str, ...]]) -> list[Sample]:
+    """Plan held-out scenes, no two with one description."""
+    samples, taken = [], set()
+    for index in range(num_samples):
+        unseen = bool(index // len(VAL_KINDS) % 2)
+        for attempt in count():
+            # There are only so many single objects: beyond them come pairs.
+            kind = VAL_KINDS[index % len(VAL_KINDS)] if attempt < 200 else "pair"
+            rng = np.random.default_rng([seed, VAL, index, attempt])
+            which = (
+                rng.permutation([unseen, unseen and bool(rng.random() < 0.5), False]) if kind != "single" else [unseen]
+            )
+            scene = _scene(kind, rng, (seed, VAL, index), which)
+            if scene.description not in taken and (kind == "single" or scene.description not in known):
+                break
+        taken.add(scene.description)
+        samples.append(Sample(scene, full_captions(scene, rng), _extra(scene)))
+    return samples
+
+
+def combination_samples(seed: int) -> list[Sample]:
+    """Plan pictures of single objects of unseen pairs, in the order of `unseen_names`."""
+    samples = []
+    for label, name in enumerate(unseen_names()):
+        for index in range(label * PICTURES_PER_CLASS, (label + 1) * PICTURES_PER_CLASS):
+            rng = np.random.default_rng([seed, COMBINATIONS, index])
+            scene = _arrange([tuple(name.split(" "))], "single", rng, (seed, COMBINATIONS, index))
+            samples.append(Sample(scene, full_captions(scene, rng)[:1], _extra(scene), label))
+    return samples
+
+
+def relation_samples(seed: int, known: set[tuple[str, ...]]) -> list[Sample]:
+    """Plan scenes of two objects that differ in colour and shape, with a caption and its reversal."""
+    samples = []
+    for index in range(NUM_RELATIONS):
+        for attempt in count():
+            rng = np.random.default_rng([seed, RELATIONS, index, attempt])
+            scene = _scene("pair", rng, (seed, RELATIONS, index), (bool(index % 2),) * 2)
+            first, second = scene.things
+            if first.colour != second.colour and first.shape != second.shape and scene.description not in known:
+                break
+        caption, false = relation_and_reversed(scene, "colour and shape", rng)
+        samples.append(Sample(scene, (caption,), {"reversed": false, **_extra(scene)}))
+    return samples
+
+
+def _scene(kind: Kind, rng: np.random.Generator, scene_seed: tuple[int, ...], unseen) -> Scene:
+    """Draw what is to be seen; `unseen` says of each object whether its pair is one that training never shows."""
+    arrangements: dict[Kind, tuple[Arrangement, ...]] = {
+        "single": ("single",),
+        "pair": ("row", "column"),
+        "three": ("row", "column", "pyramid"),
+    }
+    arrangement = arrangements[kind][int(rng.integers(len(arrangements[kind])))]
+    names = _names(rng, {"single": 1, "pair": 2, "three": 3}[kind], unseen)
+    return _arrange(names, arrangement, rng, scene_seed)
+
+
+def _names(rng: np.random.Generator, number: int, unseen) -> list[tuple[str, str, str]]:
+    """Draw that many different (texture, colour, shape); among several, plain ones are more frequent."""
+    names: list[tuple[str, str, str]] = []
+    pairs = set()
+    while len(names) < number:
+        texture = TEXTURES[0] if number > 1 and rng.random() < 0.3 else TEXTURES[int(rng.integers(len(TEXTURES)))]
+        pair = COLOURS[int(rng.integers(len(COLOURS)))], SHAPES[int(rng.integers(len(SHAPES)))]
+        if is_unseen(*pair) == bool(unseen[len(names)]) and pair not in pairs:
+            pairs.add(pair)
+            names.append((texture, *pair))
+    return names
+
+
+def _arrange(names, arrangement: Arrangement, rng: np.random.Generator, scene_seed: tuple[int, ...]) -> Scene:
+    """Place named objects so that they neither touch each other nor the border, and no relation is in doubt."""
+    if arrangement == "single":
+        size = rng.uniform(0.38, 0.69)
+        x, y = rng.uniform(MARGIN + size / 2, 1 - MARGIN - size / 2, 2)
+        spots = [(size, x, y)]
+    elif arrangement == "pyramid":
+        top = rng.uniform(0.30, 0.40)
+        spots = [(top, rng.uniform(0.35, 0.65), MARGIN + top / 2 + rng.uniform(0, 0.04))]
+        row = _row(2, 0.30, 0.38, rng)
+        spots += [(size, x, 1 - MARGIN - size / 2 - rng.uniform(0, 0.04)) for size, x, _ in row]
+    else:
+        spots = _row(len(names), *((0.31, 0.44) if len(names) == 2 else (0.282, 0.297)), rng)
+        if arrangement == "column":
+            spots = [(size, y, x) for size, x, y in spots]
+    things = tuple(
+        Thing(*name, *(round(float(value), 4) for value in spot)) for name, spot in zip(names, spots, strict=True)
+    )
+    return Scene(arrangement, things, scene_seed)
+
+
+def _row(number: int, smallest: float, largest: float, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Draw (size, x, y) from left to right, all near one height."""
+    sizes = rng.uniform(smallest, largest, number)
+    room = 1 - 2 * MARGIN - sizes.sum() - GAP * (number - 1)
+    cuts = np.sort(rng.uniform(0, room, number))
+    starts = MARGIN + cuts + np.concatenate([[0], np.cumsum(sizes[:-1] + GAP)])
+    height = rng.uniform(0.3, 0.7)
+    heights = np.clip(height + rng.uniform(-0.07, 0.07, number), MARGIN + sizes / 2, 1 - MARGIN - sizes / 2)
+    return list(zip(sizes, starts + sizes / 2, heights, strict=True))
+
+
+def _extra(scene: Scene) -> dict:
+    unseen = any(is_unseen(thing.colour, thing.shape) for thing in scene.things)
+    return {"arrangement": scene.arrangement, "unseen": unseen, "objects": [thing._asdict() for thing in scene.things]}
+
+
+def _write(folder: Path, splits: dict[str, list[Sample]], image_size: int, num_processes: int) -> None:
+    scenes = [sample.scene for samples in splits.values() for sample in samples]
+    with (
+        progress("drawing scenes", total=len(scenes), unit="pictures") as advance,
+        closing(pictures(scenes, image_size, num_processes)) as drawn,
+    ):
+        for split, samples in splits.items():
+            with ShardWriter(folder / split) as writer:
+                for sample in samples:
+                    writer.add(next(drawn), "png", sample.captions, sample.extra, sample.label)
+                    advance()

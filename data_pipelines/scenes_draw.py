@@ -1,0 +1,216 @@
+"""Draw a scene with Pillow: supersampled shapes with a texture, a soft shadow and a quiet grey background."""
+
+import io
+import math
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing import get_context
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from softmoe_clip.data_pipelines.scenes_grammar import Scene, Thing
+
+# Ground and pattern colour of each name. Neighbours in hue differ in lightness, so that people with a colour
+# vision deficiency can tell them apart too (see the test).
+PALETTE = {
+    "red": ((208, 32, 46), (255, 214, 210)),
+    "orange": ((247, 138, 25), (255, 240, 214)),
+    "yellow": ((252, 219, 52), (176, 130, 0)),
+    "green": ((36, 138, 61), (205, 243, 205)),
+    "cyan": ((56, 199, 214), (236, 253, 255)),
+    "blue": ((36, 84, 214), (206, 221, 255)),
+    "purple": ((113, 38, 158), (232, 206, 250)),
+    "pink": ((247, 140, 196), (255, 242, 249)),
+    "brown": ((122, 72, 32), (238, 212, 184)),
+    "black": ((24, 25, 30), (196, 200, 208)),
+}
+# Dark things need a light background; all others are drawn on either.
+DARK = {"black", "brown", "purple"}
+SUPERSAMPLE = 4
+SHADOW = 82  # of 255
+Polygon = list[tuple[float, float]]
+
+
+def draw(scene: Scene, image_size: int = 64) -> Image.Image:
+    """Draw the scene as an RGB picture of `image_size` x `image_size` pixels, the same for the same scene."""
+    rng = np.random.default_rng([*scene.seed, 1])
+    picture = _background(scene, image_size, rng)
+    patches = [_patch(thing, image_size, rng) for thing in scene.things]
+    shadow = Image.new("L", picture.size)
+    drop = max(1, round(image_size / 48))
+    for patch, (left, top) in patches:
+        alpha = patch.getchannel("A")
+        shadow.paste(SHADOW, (left + drop // 2, top + drop), alpha)
+    picture.paste((20, 22, 30), mask=shadow.filter(ImageFilter.GaussianBlur(image_size / 40)))
+    for patch, corner in patches:
+        picture.paste(patch, corner, patch)
+    return picture
+
+
+def png(scene: Scene, image_size: int = 64) -> bytes:
+    """Draw a scene into the bytes of a PNG file."""
+    file = io.BytesIO()
+    draw(scene, image_size).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def pictures(scenes: list[Scene], image_size: int, num_processes: int) -> Iterator[bytes]:
+    """Yield each scene's PNG in order, drawn by that many processes; the bytes don't depend on their number."""
+    if num_processes == 1:
+        yield from (png(scene, image_size) for scene in scenes)
+        return
+    # Spawned, since a fork copies the held locks of other threads. Pipes, since a pool outlives a killed parent.
+    context = get_context("spawn")
+    processes, receivers = [], []
+    try:
+        for first in range(num_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            share = (sender, scenes[first::num_processes], image_size)
+            processes.append(context.Process(target=_draw_share, args=share, daemon=True))
+            processes[-1].start()
+            sender.close()
+            receivers.append(receiver)
+        for index, scene in enumerate(scenes):
+            try:
+                yield receivers[index % num_processes].recv_bytes()
+            except EOFError:  # that process could not start, or is gone
+                yield png(scene, image_size)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def usable_processes(num_pictures: int) -> int:
+    """Count the processes worth starting: one per usable core, and only one for few pictures."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8, 1 + num_pictures // 1000)
+
+
+def _draw_share(sender, scenes: list[Scene], image_size: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    try:
+        for scene in scenes:
+            sender.send_bytes(png(scene, image_size))
+    except BrokenPipeError:  # the parent stopped
+        pass
+
+
+def _background(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
+    """Grey, light or dark, a little warm or cool, with a faint slope, soft clouds and grain."""
+    light = rng.random() < 0.6 or any(thing.colour in DARK for thing in scene.things)
+    grey = rng.uniform(200, 243) if light else rng.uniform(52, 92)
+    tint = rng.uniform(-5, 5) * np.array([1, 0.2, -1])
+    angle = rng.uniform(0, 2 * math.pi)
+    across = np.linspace(-1, 1, image_size, dtype=np.float32)
+    slope = rng.uniform(2, 12) * (math.cos(angle) * across + math.sin(angle) * across[:, None])
+    clouds = Image.fromarray(rng.normal(0, 4, (4, 4)).astype(np.float32)).resize(
+        (image_size,) * 2, Image.Resampling.BICUBIC
+    )
+    grain = rng.integers(-2, 3, (image_size, image_size))
+    plane = grey + slope + np.asarray(clouds) + grain
+    return Image.fromarray(np.clip(plane[..., None] + tint, 0, 255).astype(np.uint8))
+
+
+def _patch(thing: Thing, image_size: int, rng: np.random.Generator) -> tuple[Image.Image, tuple[int, int]]:
+    """Draw one thing on a clear square; return it with the square's upper left corner in the picture."""
+    radius = thing.size * image_size / 2
+    left, top = (math.floor(centre * image_size - radius) - 1 for centre in (thing.x, thing.y))
+    side = math.ceil(2 * radius) + 3
+    centre = np.array([thing.x * image_size - left, thing.y * image_size - top]) * SUPERSAMPLE
+    angle = math.radians(rng.uniform(-7, 7))
+    mask, rim = _mask_and_rim(thing.shape, side * SUPERSAMPLE, centre, radius * SUPERSAMPLE, angle, image_size)
+    base, accent = (tuple(int(level) for level in colour + rng.uniform(-7, 7, 3)) for colour in PALETTE[thing.colour])
+    patch = Image.new("RGB", mask.size, base)
+    if thing.texture != "plain":
+        pattern = _pattern(thing, side * SUPERSAMPLE, centre, image_size * SUPERSAMPLE, rng)
+        patch.paste(accent, mask=Image.fromarray(pattern.view(np.uint8) * np.uint8(255)))
+    patch.paste(tuple(int(level * 0.72) for level in base), mask=rim)
+    patch.putalpha(mask)
+    return patch.reduce(SUPERSAMPLE), (left, top)
+
+
+def _mask_and_rim(shape, side, centre, radius, angle, image_size) -> tuple[Image.Image, Image.Image]:
+    """Fill the outlines of a shape one over the other (a second one is a hole), and draw their edges."""
+    mask, rim = Image.new("L", (side, side)), Image.new("L", (side, side))
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    width = max(2, round(image_size * SUPERSAMPLE / 50))
+    for outline, fill in zip(OUTLINES[shape], (255, 0), strict=False):
+        points = [tuple(point) for point in np.array(outline) @ turn * radius + centre]
+        ImageDraw.Draw(mask).polygon(points, fill=fill)
+        joint = "curve" if len(points) < 20 else None
+        ImageDraw.Draw(rim).line([*points, *points[:2]], fill=255, width=width, joint=joint)
+    return mask, rim
+
+
+def _pattern(thing: Thing, side: int, centre: np.ndarray, full_side: int, rng: np.random.Generator) -> np.ndarray:
+    """True where the pattern's colour goes; the pattern's period grows a little with the thing."""
+    period = full_side * (0.075 + 0.05 * thing.size)
+    x, y = (np.arange(side, dtype=np.float32) - start + rng.uniform(0, period) for start in centre)
+    y = y[:, None]
+    if thing.texture == "striped":
+        angle = math.radians(rng.uniform(35, 55))
+        return (x * math.cos(angle) + y * math.sin(angle)) % period < 0.45 * period
+    if thing.texture == "checkered":
+        return ((x // (0.75 * period)) + (y // (0.75 * period))) % 2 == 1
+    row = y // (0.87 * period)
+    across = (x + 0.5 * period * (row % 2)) % period - period / 2
+    down = y % (0.87 * period) - 0.435 * period
+    return across**2 + down**2 < (0.29 * period) ** 2
+
+
+def _ellipse(x: float = 0, y: float = 0, radius: float = 1, points: int = 48) -> Polygon:
+    turns = (2 * math.pi * k / points for k in range(points))
+    return [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
+
+
+def _star(points: int = 5, inner: float = 0.46) -> Polygon:
+    corners = []
+    for k in range(2 * points):
+        radius, turn = (inner if k % 2 else 1.06), math.pi * k / points
+        corners.append((radius * math.sin(turn), 0.08 - radius * math.cos(turn)))
+    return corners
+
+
+def _heart() -> Polygon:
+    turns = (2 * math.pi * k / 60 for k in range(60))
+    return [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.12,
+        )
+        for t in turns
+    ]
+
+
+def _cross(arm: float = 0.34) -> Polygon:
+    corner = [(arm, -1), (arm, -arm), (1, -arm)]
+    turned = []
+    for _ in range(4):
+        turned += corner
+        corner = [(-y, x) for x, y in corner]
+    return turned
+
+
+def _moon() -> Polygon:
+    """A crescent, open to the right: an outer arc and an inner one back."""
+    outer = [(math.cos(t) + 0.16, math.sin(t)) for t in np.radians(np.linspace(52, 308, 40))]
+    inner = [(0.76 * math.cos(t) + 0.6, 0.76 * math.sin(t)) for t in np.radians(np.linspace(262, 98, 24))]
+    return outer + inner
+
+
+# In a box from -1 to 1, y pointing down.
+OUTLINES: dict[str, list[Polygon]] = {
+    "circle": [_ellipse(radius=0.95)],
+    "square": [[(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]],
+    "triangle": [[(0, -0.92), (1, 0.82), (-1, 0.82)]],
+    "star": [_star()],
+    "heart": [_heart()],
+    "ring": [_ellipse(), _ellipse(radius=0.5)],
+    "cross": [_cross()],
+    "diamond": [[(0, -1.05), (0.74, 0), (0, 1.05), (-0.74, 0)]],
+    "moon": [_moon()],
+    "arrow": [[(0, -1), (0.9, 0), (0.36, 0), (0.36, 1), (-0.36, 1), (-0.36, 0), (-0.9, 0)]],
+}
