@@ -1,0 +1,225 @@
+"""Load a model from a run, a model folder or open_clip's names; write a model folder, whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.models.create import build, read_json
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+# open_clip's own order of names; the first one that is there is loaded.
+FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
+
+
+class LoadedModel(NamedTuple):
+    """A model, strings to ids, PIL to float (3, r, r), and the config of its folder (None for an open_clip NAME:TAG)."""
+
+    model: nn.Module
+    tokenizer: Any
+    transform: Callable
+    config: dict | None
+
+    @property
+    def preprocess_cfg(self) -> dict:
+        """open_clip's preprocessing settings: size, mean, std, interpolation, resize_mode."""
+        return self.model.visual.preprocess_cfg
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture that the image tower takes, in pixels."""
+        size = self.preprocess_cfg["size"]
+        return size if isinstance(size, int) else size[0]
+
+
+def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a run folder, a model folder, or an open_clip `NAME:TAG`, `hf-hub:...`, `local-dir:...`, in eval mode.
+
+    Raises ValueError, one sentence, where there is no such model, or where a file of it is missing or damaged.
+    """
+    name = str(model)
+    folder = Path(name.removeprefix("local-dir:"))
+    restore_previous(folder)
+    if name.startswith("local-dir:") or folder.exists():
+        loaded = load_folder(folder)
+    elif ":" in name:
+        loaded = load_open_clip(name)
+    else:
+        raise ValueError(f"no model at {name}: give a run folder, a model folder or an open_clip NAME:TAG")
+    loaded.model.to(device=device, dtype=dtype).eval()
+    return loaded
+
+
+def load_encoder(model: str | Path, device: str = "auto", precision: str = "float32", batch_size: int = 64):
+    """Load a model and wrap it for evaluation and embedding; `auto` takes a GPU where there is one."""
+    from softmoe_clip.eval.encoder import Encoder
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = load(model, device)
+    return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
+
+
+def load_folder(folder: Path) -> LoadedModel:
+    """Load a model folder (ours or open_clip's), or the newest model of a run folder."""
+    restore_previous(folder / "model")
+    if not (folder / CONFIG_FILE).exists() and (folder / "model" / CONFIG_FILE).exists():
+        folder = folder / "model"
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is no model folder: it has no {CONFIG_FILE}, and no model/{CONFIG_FILE} as a run has"
+        )
+    config_file = folder / CONFIG_FILE
+    written = read_json(config_file)
+    for key, inner in (("model_cfg", ("embed_dim", "vision_cfg", "text_cfg")), ("preprocess_cfg", ("mean", "std"))):
+        missing = [name for name in inner if name not in (written.get(key) or {})]
+        if missing:
+            raise ValueError(
+                f"{config_file} has no {key} with {', '.join(missing)}: it can't be guessed, write it there"
+            )
+    to_build = deepcopy(written)
+    # The folder's weights follow: nothing may be fetched for the towers.
+    if "hf_model_name" in to_build["model_cfg"]["text_cfg"]:
+        to_build["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+    to_build["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
+    model = build(to_build, source=str(config_file))
+    load_weights(model, folder)
+    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a model from the weights file of its folder."""
+    import open_clip
+    from safetensors import SafetensorError
+
+    file = next((folder / name for name in (WEIGHTS_FILE, *FOREIGN_WEIGHTS) if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}: the model folder is not whole, write or copy it again")
+    try:
+        open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}): write or copy it again") from None
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it, or is damaged: {reason}") from None
+
+
+def folder_tokenizer(folder: Path, text_cfg: dict):
+    """Load our tokenizer where the folder holds one, else the one open_clip takes for such a folder."""
+    from softmoe_clip.data_pipelines.tokenizers import MODEL_FILE, SETTINGS_FILE, load_tokenizer
+
+    if (folder / SETTINGS_FILE).exists() or (folder / MODEL_FILE).exists():
+        return load_tokenizer(folder, text_cfg.get("context_length"))
+    import open_clip
+
+    return open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def load_open_clip(name: str) -> LoadedModel:
+    """Load one of open_clip's own models by `NAME:TAG` or `hf-hub:...`."""
+    import open_clip
+
+    import softmoe_clip.plugin  # noqa: F401  makes our towers known to timm
+
+    architecture, tag = (name, None) if name.startswith("hf-hub:") else name.rsplit(":", 1)
+    if tag is not None:
+        check_known("open_clip architecture", architecture, open_clip.list_models())
+        check_known(f"tag of {architecture}", tag, open_clip.list_pretrained_tags_by_model(architecture))
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, output_dict=True)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # hubs fail in many ways, and each of them means the same to the user
+        raise ValueError(f"cannot get the model {name}: {' '.join(str(error).split())[:300]}") from error
+    return LoadedModel(model, tokenizer, transform, None)
+
+
+def check_known(kind: str, name: str, known: list[str]) -> None:
+    """Refuse an unknown name with the nearest right one."""
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0)
+        raise ValueError(f"no {kind} is called {name!r}: " + (f"did you mean {near[0]!r}?" if near else "it has none."))
+
+
+def transform_of(model: nn.Module) -> Callable:
+    """Make the evaluation transform that open_clip makes for this model."""
+    from softmoe_clip.data_pipelines.transforms import eval_transform
+
+    return eval_transform(model.visual.preprocess_cfg)
+
+
+def save(loaded: LoadedModel, folder: str | Path) -> None:
+    """Write a model folder in open_clip's format: config, weights, tokenizer. An older model there is replaced at once.
+
+    Raises ValueError for a folder that holds something else, OSError for a full disk; either way nothing changes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if loaded.config is None:
+        raise ValueError(
+            f"a foreign model has no config to write into {folder}: save one that `create_model` or a folder gave"
+        )
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.model.state_dict().items()}
+    with replaced_folder(Path(folder)) as partial:
+        (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
+        if hasattr(loaded.tokenizer, "save"):
+            loaded.tokenizer.save(partial)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `folder` and put it in its place at the end; on any error remove it.
+
+    The older folder is only moved aside until the new one is in place; `restore_previous` undoes a death between.
+    """
+    folder = folder.absolute()
+    restore_previous(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder to write the model into")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds something that is no model: choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, previous = beside(folder, "partial"), beside(folder, "previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, previous)
+        os.rename(partial, folder)
+        sync(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        restore_previous(folder)
+        if isinstance(error, OSError) and (error.errno in NO_SPACE or "StorageFull" in str(error)):
+            raise OSError(f"no space left while writing {folder}: free some space or choose another folder") from error
+        raise
+
+
+def restore_previous(folder: Path) -> None:
+    """Bring back the folder that a process which died inside `replaced_folder` had moved aside."""
+    folder = folder.absolute()
+    if not folder.exists() and beside(folder, "previous").exists():
+        os.rename(beside(folder, "previous"), folder)
+
+
+def beside(folder: Path, role: str) -> Path:
+    """Name a hidden sibling of a folder."""
+    return folder.with_name(f".{folder.name}.{role}")

@@ -1,0 +1,156 @@
+"""The paper's image towers on timm's VisionTransformer, under the timm names softmoe_vit_* and plain_vit_*."""
+
+from functools import partial
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from timm.layers import LayerNorm
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from softmoe_clip.config import MoEConfig
+from softmoe_clip.moe.install import install
+from softmoe_clip.moe.soft import lecun_normal
+
+
+class Size(NamedTuple):
+    """Width, blocks, hidden size of an MLP or expert, attention heads."""
+
+    width: int
+    depth: int
+    hidden: int
+    num_heads: int
+
+
+class Tower(NamedTuple):
+    """A size, its patch, its picture sizes, and the slots of its Soft MoE form (in the last half of the blocks)."""
+
+    size: str
+    patch: int
+    image_sizes: tuple[int, ...]
+    num_experts: int
+    slots_per_expert: int = 1
+
+
+SIZES = {
+    "demo": Size(192, 6, 768, 3),
+    "tiny": Size(192, 12, 768, 3),
+    "small": Size(384, 12, 1536, 6),
+    "base": Size(768, 12, 3072, 12),
+    "large": Size(1024, 24, 4096, 16),
+    "huge": Size(1280, 32, 5120, 16),
+}
+# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14; 32 for /32 as in the paper's Table 9; our choice for
+# tiny. Slots stay the same at a higher resolution. The demo's 64 slots make its forward 4 % dearer than its dense twin's.
+TOWERS = (
+    Tower("demo", 8, (64,), num_experts=32, slots_per_expert=2),
+    Tower("tiny", 16, (224, 256, 384), num_experts=128),
+    Tower("small", 16, (224, 256, 384), num_experts=128),
+    Tower("small", 14, (224, 256, 384), num_experts=256),
+    Tower("small", 32, (224, 256, 384), num_experts=32),
+    Tower("base", 16, (224, 256, 384), num_experts=128),
+    Tower("base", 32, (224, 256, 384), num_experts=32),
+    Tower("large", 16, (224, 256, 384), num_experts=128),
+    Tower("large", 32, (224, 256, 384), num_experts=32),
+    Tower("huge", 14, (224, 256, 384), num_experts=256),
+)
+
+
+class ReferenceViT(VisionTransformer):
+    """timm's ViT as google-research/vmoe builds and initialises it: qk-norm, mean over tokens, no class token."""
+
+    def __init__(self, moe: MoEConfig | None = None, **timm_arguments):
+        super().__init__(weight_init="skip", **timm_arguments)
+        for block in self.blocks:
+            attention = block.attn
+            # timm's qk-norm has a bias, the reference's has none; timm offers no setting for it.
+            attention.q_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
+            attention.k_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
+        self.init_like_reference()
+        if moe is not None:
+            install(self, moe)
+
+    @torch.no_grad()
+    def init_like_reference(self) -> None:
+        """Draw patches lecun_normal, positions normal(0.02), matrices xavier_uniform, biases of MLPs normal(1e-6)."""
+        patches = self.patch_embed.proj
+        patches.weight.copy_(
+            lecun_normal(patches.weight[0].numel(), patches.out_channels).T.reshape(patches.weight.shape)
+        )
+        nn.init.zeros_(patches.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if name.endswith("attn.qkv"):  # query, key and value are three matrices in the reference
+                nn.init.uniform_(module.weight, -sqrt(3 / module.in_features), sqrt(3 / module.in_features))
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Name what timm's optimizers should not decay: positions, slot embeddings, router scales, expert biases."""
+        ours = ("slot_embed", "router_scale", "b_in", "b_out")
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(ours)}
+
+
+def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: bool, **overrides) -> ReferenceViT:
+    """Build one registered tower; `overrides` are timm's (num_classes, global_pool, img_size, drop rates, ...)."""
+    size = SIZES[tower.size]
+    moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert) if soft else None
+    arguments = {
+        "img_size": image_size,
+        "patch_size": tower.patch,
+        "embed_dim": size.width,
+        "depth": size.depth,
+        "num_heads": size.num_heads,
+        "mlp_ratio": size.hidden / size.width,
+        "moe": moe,
+        "global_pool": "avg",
+        "class_token": False,
+        "fc_norm": False,  # timm would move the last norm behind the mean
+        "qk_norm": True,
+        "norm_layer": partial(LayerNorm, eps=1e-6),
+        "act_layer": "gelu_tanh",
+    }
+    return build_model_with_cfg(ReferenceViT, variant, pretrained, **(arguments | overrides))
+
+
+def register(variant: str, tower: Tower, image_size: int, soft: bool) -> None:
+    """Make one tower known to `timm.create_model` under its name."""
+
+    def entry(pretrained: bool = False, **overrides) -> ReferenceViT:
+        return build(variant, tower, image_size, soft, pretrained, **overrides)
+
+    entry.__name__ = entry.__qualname__ = variant
+    register_model(entry)
+
+
+NAMES = {
+    f"{kind}_vit_{tower.size}_patch{tower.patch}_{image_size}": (tower, image_size, kind == "softmoe")
+    for tower in TOWERS
+    for image_size in tower.image_sizes
+    for kind in ("softmoe", "plain")
+}
+# timm looks for this name in the module of an entry when it registers it.
+default_cfgs = generate_default_cfgs(
+    {
+        variant: {
+            "num_classes": 0,
+            "input_size": (3, image_size, image_size),
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for variant, (_, image_size, _) in NAMES.items()
+    }
+)
+for _variant, _tower in NAMES.items():
+    register(_variant, *_tower)

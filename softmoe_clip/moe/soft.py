@@ -1,0 +1,108 @@
+"""The Soft MoE layer (arXiv 2308.00951), with the mathematics and initialisation of google-research/vmoe."""
+
+from contextlib import AbstractContextManager, nullcontext
+from math import prod, sqrt
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from softmoe_clip.moe import stats
+from softmoe_clip.moe.experts import Experts
+
+# Inside the square root, as in the reference's code; the paper's x / (|x| + eps) differs for tiny vectors.
+NORM_EPS = 1e-6
+# Standard deviation of a standard normal cut at +-2: what JAX divides by so that the drawn numbers have the stated one.
+TRUNCATED_STD = 0.87962566103423978
+
+
+class Routing(NamedTuple):
+    """What each slot takes of each token (sums to 1 over n), and each token of each slot (sums to 1 over e and s)."""
+
+    dispatch: Float[Tensor, "b n e s"]
+    combine: Float[Tensor, "b n e s"]
+
+
+class SoftMoE(nn.Module):
+    """Each slot is a weighted mean of all tokens and goes through its expert; each token is a mean of the results."""
+
+    def __init__(
+        self, width: int, num_experts: int, slots_per_expert: int = 1, hidden: int | None = None, normalize: bool = True
+    ):
+        super().__init__()
+        self.normalize = normalize
+        self.label = "soft_moe"  # what routing statistics call this layer; `install` sets it
+        self.slot_embed = nn.Parameter(lecun_normal(width, num_experts, slots_per_expert))
+        self.router_scale = nn.Parameter(torch.ones(()))
+        self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden)
+
+    def route(self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Routing:
+        """Compute both sets of weights, in float32 at least; a masked token gives and takes nothing."""
+        logits = self.logits(without_padding(tokens, mask))
+        if mask is None:
+            dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
+        else:
+            # A finite fill and a product: an example without any real token gives zeros, where -inf would give NaN.
+            logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
+            dispatch, combine = (logits.softmax(dim) * mask[..., None] for dim in (1, 2))
+        per_expert = self.slot_embed.shape[1:]
+        return Routing(dispatch.unflatten(2, per_expert), combine.unflatten(2, per_expert))
+
+    def logits(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n slots"]:
+        """Scaled cosine of every token with every slot embedding (a plain product where `normalize` is off)."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        with without_autocast(tokens.device.type):
+            tokens, slots = tokens.to(dtype), self.slot_embed.flatten(1).to(dtype)
+            if not self.normalize:
+                return tokens @ (slots * self.router_scale)
+            # Dividing the (n, slots) logits by the tokens' norms instead of the tokens saves a copy of the tokens.
+            return (tokens @ (slots * (inverse_norm(slots, 0) * self.router_scale))) * inverse_norm(tokens, -1)
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Mix the raw tokens into slots (they are normalised for the logits only), run the experts, mix back."""
+        routing = self.route(tokens, mask)
+        if stats.is_collecting():
+            stats.report(self.label, routing.dispatch, routing.combine, self.router_scale, mask)
+        dispatch, combine = (weights.flatten(2).to(tokens.dtype) for weights in routing)
+        slots = dispatch.transpose(1, 2) @ without_padding(tokens, mask)
+        slots = self.experts(slots.unflatten(1, self.slot_embed.shape[1:]))
+        return combine @ slots.flatten(1, 2)
+
+    @property
+    def c_fc(self) -> "WithWeight":
+        """Stand in for the first linear layer: open_clip reads a tower's dtype from `mlp.c_fc.weight` of block 0."""
+        return WithWeight(self.experts.w_in)
+
+    def extra_repr(self) -> str:
+        d, e, s = self.slot_embed.shape
+        return f"width={d}, num_experts={e}, slots_per_expert={s}, normalize={self.normalize}"
+
+
+class WithWeight(NamedTuple):
+    """Something that has a weight."""
+
+    weight: Tensor
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Turn autocast off on a device that has it (meta has not)."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def without_padding(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n d"]:
+    """Zero the masked tokens, so that not even a NaN in the padding reaches a real one."""
+    return tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)
+
+
+def inverse_norm(vectors: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*reduced"]:
+    """1 / sqrt(sum of squares + eps) along `dim`, which is kept; vector_norm makes no copy of the squares."""
+    return torch.rsqrt(torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).square() + NORM_EPS)
+
+
+def lecun_normal(*shape: int) -> Float[Tensor, "*shape"]:
+    """Draw as jax.nn.initializers.lecun_normal does: the fan-in is every axis but the last (width * num_experts)."""
+    std = sqrt(1 / prod(shape[:-1])) / TRUNCATED_STD
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
