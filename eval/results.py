@@ -1,0 +1,117 @@
+"""What an evaluation found: numbers with their chance levels, saved as JSON and printed as tables."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Results:
+    """Metrics such as `retrieval/flickr8k/image_to_text/recall@5`, what chance gives for each, and how they were made.
+
+    `details` holds, under `kind/name`, what a report wants to know beyond the numbers (accuracy per class, ...).
+    """
+
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    meta: dict = field(default_factory=dict)
+    details: dict[str, dict] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def load_results(path: str | Path) -> Results:
+    """Read what `Results.save` wrote."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        return Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a result file of `softmoe-clip eval`") from None
+
+
+def times_chance(name: str, value: float, chance: float | None) -> float | None:
+    """Say how many times better than chance a metric is (a rank: how many times smaller); None where either is zero."""
+    if chance is None or 0 in (value, chance):
+        return None
+    return chance / value if is_rank(name) else value / chance
+
+
+def is_rank(name: str) -> bool:
+    """Tell a rank (1 is best) from a share (1 is best, shown in percent)."""
+    return name.endswith("median_rank")
+
+
+def shown(name: str, value: float | None) -> str:
+    """Write a share in percent, a rank as it is."""
+    if value is None:
+        return ""
+    return f"{value:,.1f}" if is_rank(name) else f"{100 * value:.2f} %"
+
+
+def table(results: Results, title: str | None = None):
+    """Lay out one evaluation: metric, value, chance, times chance."""
+    from rich.table import Table
+
+    rows = Table("metric", title=title)
+    for column in ("value", "chance", "times chance"):
+        rows.add_column(column, justify="right")
+    for name, value in results.metrics.items():
+        chance = results.chance.get(name)
+        times = times_chance(name, value, chance)
+        rows.add_row(name, shown(name, value), shown(name, chance), "" if times is None else f"{times:.1f}")
+    return rows
+
+
+def comparison(results: Sequence[Results], names: Sequence[str]):
+    """Lay out several evaluations: one column per model, the best of each row marked, chance last."""
+    from rich.table import Table
+
+    rows = Table("metric")
+    for name in (*names, "chance"):
+        rows.add_column(name, justify="right")
+    for metric in dict.fromkeys(name for result in results for name in result.metrics):
+        values = [result.metrics.get(metric) for result in results]
+        present = [value for value in values if value is not None]
+        best = (min if is_rank(metric) else max)(present)
+        marks = [
+            "bold" if value == best and len(present) > 1 and min(present) < max(present) else "" for value in values
+        ]
+        cells = [f"[{m}]{shown(metric, v)}[/]" if m else shown(metric, v) for v, m in zip(values, marks, strict=True)]
+        chances = {result.chance[metric] for result in results if metric in result.chance}
+        rows.add_row(
+            metric, *cells, shown(metric, chances.pop()) if len(chances) == 1 else "differs" if chances else ""
+        )
+    return rows
+
+
+def print_results(results: Results) -> None:
+    """Print the table of one evaluation."""
+    _print(table(results))
+
+
+def print_comparison(results: Sequence[Results], names: Sequence[str]) -> None:
+    """Print several evaluations side by side."""
+    _print(comparison(results, names))
+
+
+def _print(rows) -> None:
+    import sys
+
+    from rich.console import Console
+
+    # Into a file or a pipe a table is as wide as it needs to be: cut or wrapped names could not be searched for.
+    Console(width=None if sys.stdout.isatty() else 400).print(rows)
