@@ -45,8 +45,10 @@ class SentencePieceTokenizer:
         self.context_length = context_length
         self.model_bytes = Path(model_file).read_bytes()
         try:
+            if not self.model_bytes:
+                raise ValueError
             self.processor = SentencePieceProcessor(model_proto=self.model_bytes)
-        except (RuntimeError, OSError):
+        except (RuntimeError, ValueError):
             raise ValueError(
                 f"{model_file} is no whole sentencepiece model: make one with `softmoe-clip train-tokenizer`"
             ) from None

@@ -1,0 +1,46 @@
+"""The list of samples that were replaced because they could not be used: one JSON line each, `skipped.jsonl`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Replacement(NamedTuple):
+    """A bad sample that the order put at `position`, why it is bad, and the key that took its place."""
+
+    position: int
+    key: str
+    shard: str
+    reason: str
+    substitute_key: str
+
+
+def append_replaced(file: str | Path, replaced: Sequence[Replacement], step: int) -> None:
+    """Write down what was replaced at a step; nothing is written, and no file made, when nothing was."""
+    if not replaced:
+        return
+    lines = [json.dumps({**entry._asdict(), "step": step}, ensure_ascii=False) + "\n" for entry in replaced]
+    with open(file, "a", encoding="utf-8") as ledger:
+        ledger.writelines(lines)
+
+
+def read_ledger(file: str | Path) -> list[dict]:
+    """Read all entries; a last line cut short by a kill is left out."""
+    entries = []
+    for line in Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def cut_back_ledger(file: str | Path, last_step: int) -> None:
+    """Drop entries after `last_step`: a resumed run meets those positions again."""
+    if not Path(file).exists():
+        return
+    kept = [entry for entry in read_ledger(file) if entry["step"] <= last_step]
+    part = Path(file).with_name(Path(file).name + ".part")
+    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
+    part.replace(file)
