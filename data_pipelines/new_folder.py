@@ -14,8 +14,8 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yield a hidden folder beside OUT and rename it to OUT at the end; on any error or Ctrl-C remove it.
 
-    What an earlier process left there when it was killed is cleared. Raises ValueError for a non-empty OUT, OSError with
-    one sentence for a full disk.
+    What an earlier process left there when it was killed is cleared. Raises ValueError for a non-empty OUT, OSError
+    with one sentence for a full disk.
     """
     out = Path(out).absolute()
     refuse_existing(out)
@@ -33,10 +33,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise OSError(
-                f"no space left while writing {out} ({error.strerror}): nothing was kept, "
+            full = OSError(
+                f"no space left while writing {out} ({os.strerror(error.errno)}): nothing was kept, "
                 "free some space or choose another folder"
-            ) from error
+            )
+            full.errno = error.errno  # for a folder that is made inside another one
+            raise full from error
         raise
     finally:
         os.close(lock)

@@ -56,21 +56,15 @@ class ShardWriter:
     ) -> str:
         """Append one sample and return its key.
 
-        EXTENSION is the picture's ("jpg", "png", "webp"); EXTRA goes into the .json, LABEL (a class number) into a .cls.
+        EXTENSION is the picture's ("jpg", "png", "webp"); EXTRA goes into .json, LABEL (a class number) into .cls.
         A caption's line breaks become spaces, since the .txt holds one per line; empty captions are left out.
         """
         lines = [line for caption in captions if (line := " ".join(str(caption).split()))]
         shard, index = divmod(self.num_samples, self.shard_size)
         key = f"{shard:05d}{index:04d}"
-        about = {
-            "caption": lines[0] if lines else "",
-            "captions": lines,
-            "key": key,
-            **(extra or {}),
-            "status": "success",
-        }
+        about = {"caption": lines[0] if lines else "", "captions": lines, "key": key, "status": "success"}
         members = {extension: image, "txt": "\n".join(lines).encode("utf-8", "replace")}
-        members["json"] = json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")
+        members["json"] = json.dumps({**(extra or {}), **about}, ensure_ascii=False).encode("utf-8", "replace")
         if label is not None:
             members["cls"] = str(label).encode()
         if index == 0:
