@@ -12,7 +12,11 @@ from softmoe_clip.eval.results import Results
 
 def retrieval(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results:
     """Score one captioned set: recall at 1, 5 and 10 and the median rank, image to text and text to image."""
-    pictures = encoder.image_set(open_data(suite.place(task.data)))
+    place = suite.place(task.data)
+    pictures = encoder.image_set(open_data(place))
+    if () in pictures.captions:
+        key = pictures.keys[pictures.captions.index(())]
+        raise ValueError(f"sample {key} of {place} has no caption: retrieval needs at least one for every picture")
     captions = [caption for captions in pictures.captions for caption in captions]
     image_of_text = np.repeat(np.arange(len(pictures.keys)), [len(captions) for captions in pictures.captions])
     with progress("encoding captions", total=len(captions), unit="captions") as advance:

@@ -1,0 +1,187 @@
+"""Metrics against slow obvious oracles: every order of ties written out, CLIP_benchmark's definition, exact chance."""
+
+import tracemalloc
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+
+from softmoe_clip.eval import metrics
+from softmoe_clip.eval.metrics import (
+    classification_chance,
+    classification_metrics,
+    per_class_accuracy,
+    retrieval_chance,
+    retrieval_metrics,
+)
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def random_set(seed, num_images, num_texts, width=8):
+    rng = np.random.default_rng(seed)
+    image_of_text = np.concatenate([np.arange(num_images), rng.integers(num_images, size=num_texts - num_images)])
+    rng.shuffle(image_of_text)
+    images = unit(rng.normal(size=(num_images, width)))
+    return images, unit(images[image_of_text] + rng.normal(size=(num_texts, width))), image_of_text
+
+
+def hit_over_all_orders(scores, right, k):
+    """Average, over every order that ties could have, whether one of `right` is in the top k, and its first rank."""
+    found, first = [], []
+    for order in permutations(range(len(scores))):
+        ranked = sorted(order, key=lambda candidate: -round(float(scores[candidate]), 5))
+        first.append(1 + min(ranked.index(candidate) for candidate in right))
+        found.append(first[-1] <= k)
+    return np.mean(found), np.mean(first)
+
+
+def oracle(image_emb, text_emb, image_of_text, k):
+    scores = image_emb.astype(np.float64) @ text_emb.T.astype(np.float64)
+    to_text = [hit_over_all_orders(row, np.flatnonzero(image_of_text == i), k) for i, row in enumerate(scores)]
+    to_image = [hit_over_all_orders(column, [image_of_text[j]], k) for j, column in enumerate(scores.T)]
+    return [(np.mean([hit for hit, _ in way]), np.median([rank for _, rank in way])) for way in (to_text, to_image)]
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 100])
+@pytest.mark.parametrize("seed", range(4))
+def test_retrieval_is_the_mean_over_every_order_of_ties(seed, kinds):
+    rng = np.random.default_rng(seed)
+    vectors = unit(rng.normal(size=(kinds, 3)))
+    images, texts = vectors[rng.integers(kinds, size=4)], vectors[rng.integers(kinds, size=6)]
+    image_of_text = np.array([0, 1, 2, 3, *rng.integers(4, size=2)])
+    found = retrieval_metrics(images, texts, image_of_text, recall_at=(1, 2, 3))
+    for k in (1, 2, 3):
+        (to_text, text_rank), (to_image, image_rank) = oracle(images, texts, image_of_text, k)
+        assert found[f"image_to_text/recall@{k}"] == pytest.approx(to_text)
+        assert found[f"text_to_image/recall@{k}"] == pytest.approx(to_image)
+        assert found["image_to_text/median_rank"] == pytest.approx(text_rank)
+        assert found["text_to_image/median_rank"] == pytest.approx(image_rank)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_recall_is_that_of_clip_benchmark(k):
+    images, texts, image_of_text = random_set(0, 40, 130)
+    scores = texts @ images.T
+    # CLIP_benchmark: any positive among the top k of each row (text to image) or each column (image to text).
+    positive = np.zeros_like(scores, bool)
+    positive[np.arange(len(texts)), image_of_text] = True
+    to_image = np.take_along_axis(positive, np.argsort(-scores, axis=1)[:, :k], axis=1).any(axis=1)
+    to_text = np.take_along_axis(positive.T, np.argsort(-scores.T, axis=1)[:, :k], axis=1).any(axis=1)
+    found = retrieval_metrics(images, texts, image_of_text)
+    assert found[f"text_to_image/recall@{k}"] == pytest.approx(to_image.mean())
+    assert found[f"image_to_text/recall@{k}"] == pytest.approx(to_text.mean())
+
+
+def test_a_perfect_model_finds_everything_first():
+    images = np.eye(12, dtype=np.float32)
+    image_of_text = np.repeat(np.arange(12), 5)
+    found = retrieval_metrics(images, images[image_of_text], image_of_text)
+    assert set(found.values()) == {1.0}
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-8])
+def test_a_collapsed_model_scores_chance_and_no_more(noise):
+    rng = np.random.default_rng(0)
+    image_of_text = rng.permutation(np.repeat(np.arange(60), 5))
+    image_of_text = image_of_text[: -len(image_of_text) // 7 or None]
+    image_of_text = np.concatenate([image_of_text, np.setdiff1d(np.arange(60), image_of_text)])
+    constant = unit(rng.normal(size=16))
+    # Rounding noise that points to the right answer must not count either.
+    own = rng.normal(size=(60, 16))
+    images, texts = constant + noise * own, constant + noise * own[image_of_text]
+    found, chance = retrieval_metrics(images, texts, image_of_text), retrieval_chance(image_of_text)
+    for name in found:
+        if name.endswith("median_rank"):
+            assert found[name] >= chance[name]
+        else:
+            assert found[name] == pytest.approx(chance[name])
+
+
+def test_equal_pictures_share_the_credit():
+    images = unit(np.array([[1.0, 0], [1, 0], [0, 1]]))
+    found = retrieval_metrics(images, images, np.arange(3))
+    assert found["text_to_image/recall@1"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert found["text_to_image/recall@5"] == 1
+
+
+def test_the_size_of_the_blocks_changes_nothing(monkeypatch):
+    data = random_set(1, 23, 57)
+    whole = retrieval_metrics(*data)
+    for chunk in (1, 60, 500):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        assert retrieval_metrics(*data) == whole
+
+
+def test_memory_does_not_grow_with_pictures_times_captions(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 2**15)
+    data = random_set(2, 800, 4000)
+    tracemalloc.start()
+    retrieval_metrics(*data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 800 * 4000 * 4 / 4, "a quarter of the whole score matrix"
+
+
+def test_what_is_not_a_number_is_refused():
+    images, texts, image_of_text = random_set(3, 5, 9)
+    texts[4, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        retrieval_metrics(images, texts, image_of_text)
+
+
+def test_chance_counts_every_possible_draw():
+    image_of_text = np.array([0, 0, 0, 1, 2, 2, 2])
+    chance = retrieval_chance(image_of_text, recall_at=(1, 2, 3))
+    for k in (1, 2, 3):
+        draws = list(combinations(range(7), k))
+        per_picture = [
+            np.mean([any(image_of_text[text] == picture for text in draw) for draw in draws]) for picture in range(3)
+        ]
+        assert chance[f"image_to_text/recall@{k}"] == pytest.approx(np.mean(per_picture))
+        assert chance[f"text_to_image/recall@{k}"] == pytest.approx(k / 3)
+    at_most = [np.mean([chance_within(image_of_text, picture, r) for picture in range(3)]) for r in range(1, 8)]
+    assert chance["image_to_text/median_rank"] == 1 + next(i for i, share in enumerate(at_most) if share >= 0.5)
+    assert chance["text_to_image/median_rank"] == 2
+
+
+def chance_within(image_of_text, picture, k):
+    return np.mean([any(image_of_text[t] == picture for t in draw) for draw in combinations(range(7), k)])
+
+
+def test_chance_of_a_large_set_is_exact_too():
+    image_of_text = np.repeat(np.arange(5000), 5)
+    chance = retrieval_chance(image_of_text)
+    assert chance["image_to_text/recall@1"] == pytest.approx(1 / 5000)
+    assert chance["image_to_text/recall@10"] == pytest.approx(1 - np.prod([1 - 5 / (25000 - i) for i in range(10)]))
+    assert chance["image_to_text/median_rank"] == pytest.approx(25000 * (1 - 0.5 ** (1 / 5)), rel=1e-3)
+
+
+def test_accuracy_is_that_of_a_sort():
+    rng = np.random.default_rng(4)
+    scores, labels = rng.normal(size=(200, 9)).astype(np.float32), rng.integers(9, size=200)
+    scores[np.arange(200), labels] += 1
+    order = np.argsort(-scores, axis=1)
+    found = classification_metrics(scores, labels)
+    first = order[:, 0] == labels
+    assert found["top1"] == pytest.approx(first.mean())
+    assert found["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(axis=1).mean())
+    assert found["mean_per_class"] == pytest.approx(np.mean([first[labels == c].mean() for c in range(9)]))
+
+
+def test_constant_class_scores_give_chance():
+    labels = np.repeat(np.arange(8), 3)
+    assert classification_metrics(np.zeros((24, 8)), labels) == pytest.approx(classification_chance(8))
+
+
+def test_classes_without_pictures_do_not_count_in_the_mean_of_classes():
+    scores, labels = np.eye(3)[[0, 0, 2, 0]], np.array([0, 0, 2, 2])
+    assert per_class_accuracy(scores, labels) == [(1.0, 2), (0.0, 0), (0.5, 2)]
+    assert classification_metrics(scores, labels) == {"top1": 0.75, "mean_per_class": 0.75}
+
+
+def test_two_classes_of_one_name_share_the_credit():
+    scores = np.array([[0.9, 0.9, 0.1]])
+    assert classification_metrics(scores, np.array([1]))["top1"] == 0.5

@@ -1,0 +1,77 @@
+"""Results: saved whole or not at all, shown with chance beside each number."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from softmoe_clip.eval.results import Results, comparison, load_results, print_results, table, times_chance
+
+RESULTS = Results(
+    metrics={"retrieval/x/text_to_image/recall@1": 0.25, "retrieval/x/text_to_image/median_rank": 4.0},
+    chance={"retrieval/x/text_to_image/recall@1": 0.01, "retrieval/x/text_to_image/median_rank": 50.5},
+    meta={"model": "Modell ü"},
+    details={"zero_shot/x": {"per_class": []}},
+)
+
+
+def lines(rows):
+    console = Console(width=150)
+    with console.capture() as shown:
+        console.print(rows)
+    return [[cell.strip() for cell in line.split("│")] for line in shown.get().splitlines()]
+
+
+def test_results_survive_a_round_trip(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    RESULTS.save(path)
+    assert load_results(path) == RESULTS
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "r.json"
+    RESULTS.save(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Results({"a": float("nan")}, {}).save(path)
+    assert load_results(path) == RESULTS
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"metrics": {}}', '{"metrics": 3, "chance": 3, "meta": 3, "details": 3}'])
+def test_another_file_is_no_result_file(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=r"r\.json is not a result file"):
+        load_results(tmp_path / "r.json")
+
+
+def test_the_table_shows_chance_beside_each_number():
+    shown = lines(table(RESULTS))
+    assert ["", "retrieval/x/text_to_image/recall@1", "25.00 %", "1.00 %", "25.0", ""] in shown
+    assert ["", "retrieval/x/text_to_image/median_rank", "4.0", "50.5", "12.6", ""] in shown
+
+
+def test_times_chance_has_no_value_where_it_has_no_meaning():
+    assert times_chance("recall@1", 0.0, 0.1) is None
+    assert times_chance("recall@1", 0.5, None) is None
+
+
+def test_models_are_compared_side_by_side():
+    other = Results(metrics={"retrieval/x/text_to_image/recall@1": 0.5, "zero_shot/y/top1": 0.1}, chance={})
+    shown = lines(comparison([RESULTS, other], ["soft", "dense"]))
+    assert ["", "metric", "soft", "dense", "chance", ""] in [
+        [c.strip("┃ ") for c in r] for r in shown
+    ] or "soft" in str(shown)
+    assert ["", "retrieval/x/text_to_image/recall@1", "25.00 %", "50.00 %", "1.00 %", ""] in shown
+    assert ["", "zero_shot/y/top1", "", "10.00 %", "", ""] in shown
+
+
+def test_printing_into_a_pipe_cuts_no_name(capsys):
+    long = "zero_shot/" + "x" * 90 + "/top1"
+    print_results(Results({long: 0.5}, {long: 0.1}))
+    assert long in capsys.readouterr().out
+
+
+def test_the_file_is_plain_json(tmp_path):
+    RESULTS.save(tmp_path / "r.json")
+    assert set(json.loads((tmp_path / "r.json").read_text())) == {"metrics", "chance", "meta", "details"}
