@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from softmoe_clip.data_pipelines.images import largest_shrink, load_rgb, open_picture, orientation
+from softmoe_clip.data_pipelines.images import (
+    JPEG_FORMATS,
+    largest_shrink,
+    load_pixels,
+    load_rgb,
+    open_picture,
+    orientation,
+)
 from softmoe_clip.data_pipelines.new_folder import new_folder, refuse_existing
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
@@ -47,7 +54,7 @@ class Picture(NamedTuple):
 def pack(
     source: str | Path, out: str | Path, split: str | None = None, shard_size: int = 1000, holdout: float = 0.1
 ) -> PackReport:
-    """Write the pictures of a source (see `read_source`) to OUT/train, OUT/val, ...; with SPLIT only that one, into OUT.
+    """Write the pictures of a source (see `read_source`) to OUT/train, OUT/val, ...; with SPLIT only that, into OUT.
 
     A source without splits is divided by a hash of the names, a share of `holdout` (0 to 1) into val. What can't be
     used is listed in skipped.jsonl beside the shards. Raises ValueError where nothing is left, or OUT is not empty.
@@ -166,6 +173,8 @@ def for_shard(data: bytes) -> Picture:
     JPEG and the like become JPEG of quality 95 with full colour resolution, all else PNG. Raises ValueError.
     """
     picture = open_picture(data)
+    if picture.format not in JPEG_FORMATS:
+        load_pixels(picture)  # before any look at EXIF, which Pillow can't reach without decoding a PNG
     if _is_plain(picture):
         width, height = picture.size
         extension = KEPT_FORMATS[picture.format]
