@@ -3,10 +3,11 @@
 A fifth of all colour-and-shape pairs (`is_unseen`) never occurs in training, neither drawn nor told.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import count, product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,13 +32,17 @@ NUM_RELATIONS = 500
 # Streams of random numbers: one per split, so that no set depends on the size of another.
 TRAIN, TWINS, VAL, COMBINATIONS, RELATIONS = range(5)
 
-Kind = Literal["single", "pair", "three"]
-# In turn over the indices of a split, so that every shard holds the whole mixture.
-TRAIN_KINDS: tuple[Kind, ...] = ("single", "pair") * 4 + ("three", "pair")
-VAL_KINDS: tuple[Kind, ...] = ("single", "pair", "three", "pair", "single", "pair", "three", "pair", "single", "pair")
+# How many things a scene holds, in turn over the indices of a split, so that every shard holds the whole mixture.
+TRAIN_THINGS = (1, 2, 1, 2, 1, 2, 1, 2, 3, 2)
+VAL_THINGS = (1, 2, 3, 2, 1, 2, 3, 2, 1, 2)
+ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
+    1: ("single",),
+    2: ("row", "column"),
+    3: ("row", "column", "pyramid"),
+}
 
-MARGIN = 0.025
-GAP = 0.03
+MARGIN = 0.022
+GAP = 0.022
 
 
 class Sample(NamedTuple):
@@ -89,7 +94,7 @@ def write_scenes(
 
 
 def is_unseen(colour: str, shape: str) -> bool:
-    """True for pairs that never meet in training: two shapes of each colour, two colours of each shape, for any seed."""
+    """True for pairs that never meet in training, for any seed: two shapes of each colour, two colours per shape."""
     return (SHAPES.index(shape) + 3 * COLOURS.index(colour)) % 5 == 4
 
 
@@ -104,16 +109,16 @@ def unseen_names() -> list[str]:
 
 def train_sample(seed: int, index: int) -> Sample:
     """Plan one training scene, a function of its arguments alone."""
-    kind = TRAIN_KINDS[index % len(TRAIN_KINDS)]
+    num_things = TRAIN_THINGS[index % len(TRAIN_THINGS)]
     rng = np.random.default_rng([seed, TRAIN, index])
     scene_seed = (seed, TRAIN, index)
-    if kind == "pair":
+    if num_things == 2:
         # Pairs sit at odd indices. Four in a row hold the same two objects, in each of their four relations.
         group, member = divmod(index // 2, 4)
-        names = _names(np.random.default_rng([seed, TWINS, group]), 2, (False, False))
+        names = _names(np.random.default_rng([seed, TWINS, group]), (False, False))
         scene = _arrange(names[:: 1 if member < 2 else -1], ("row", "column")[member % 2], rng, scene_seed)
     else:
-        scene = _scene(kind, rng, scene_seed, (False,) * 3)
+        scene = _scene(rng, scene_seed, (False,) * num_things)
     return Sample(scene, captions(scene, rng), _extra(scene))
 
 
@@ -121,16 +126,15 @@ def val_samples(seed: int, num_samples: int, known: set[tuple[str, ...]]) -> lis
     """Plan held-out scenes, no two with one description."""
     samples, taken = [], set()
     for index in range(num_samples):
-        unseen = bool(index // len(VAL_KINDS) % 2)
         for attempt in count():
             # There are only so many single objects: beyond them come pairs.
-            kind = VAL_KINDS[index % len(VAL_KINDS)] if attempt < 200 else "pair"
+            num_things = VAL_THINGS[index % len(VAL_THINGS)] if attempt < 200 else 2
             rng = np.random.default_rng([seed, VAL, index, attempt])
-            which = (
-                rng.permutation([unseen, unseen and bool(rng.random() < 0.5), False]) if kind != "single" else [unseen]
-            )
-            scene = _scene(kind, rng, (seed, VAL, index), which)
-            if scene.description not in taken and (kind == "single" or scene.description not in known):
+            unseen = np.zeros(num_things, dtype=bool)
+            if index // len(VAL_THINGS) % 2:
+                unseen[rng.permutation(num_things)[: rng.integers(1, 3)]] = True
+            scene = _scene(rng, (seed, VAL, index), unseen)
+            if scene.description not in taken and (num_things == 1 or scene.description not in known):
                 break
         taken.add(scene.description)
         samples.append(Sample(scene, full_captions(scene, rng), _extra(scene)))
@@ -154,7 +158,7 @@ def relation_samples(seed: int, known: set[tuple[str, ...]]) -> list[Sample]:
     for index in range(NUM_RELATIONS):
         for attempt in count():
             rng = np.random.default_rng([seed, RELATIONS, index, attempt])
-            scene = _scene("pair", rng, (seed, RELATIONS, index), (bool(index % 2),) * 2)
+            scene = _scene(rng, (seed, RELATIONS, index), (bool(index % 2),) * 2)
             first, second = scene.things
             if first.colour != second.colour and first.shape != second.shape and scene.description not in known:
                 break
@@ -163,24 +167,19 @@ def relation_samples(seed: int, known: set[tuple[str, ...]]) -> list[Sample]:
     return samples
 
 
-def _scene(kind: Kind, rng: np.random.Generator, scene_seed: tuple[int, ...], unseen) -> Scene:
+def _scene(rng: np.random.Generator, scene_seed: tuple[int, ...], unseen: Sequence[bool]) -> Scene:
     """Draw what is to be seen; `unseen` says of each object whether its pair is one that training never shows."""
-    arrangements: dict[Kind, tuple[Arrangement, ...]] = {
-        "single": ("single",),
-        "pair": ("row", "column"),
-        "three": ("row", "column", "pyramid"),
-    }
-    arrangement = arrangements[kind][int(rng.integers(len(arrangements[kind])))]
-    names = _names(rng, {"single": 1, "pair": 2, "three": 3}[kind], unseen)
-    return _arrange(names, arrangement, rng, scene_seed)
+    arrangements = ARRANGEMENTS[len(unseen)]
+    arrangement = arrangements[int(rng.integers(len(arrangements)))]
+    return _arrange(_names(rng, unseen), arrangement, rng, scene_seed)
 
 
-def _names(rng: np.random.Generator, number: int, unseen) -> list[tuple[str, str, str]]:
-    """Draw that many different (texture, colour, shape); among several, plain ones are more frequent."""
+def _names(rng: np.random.Generator, unseen: Sequence[bool]) -> list[tuple[str, str, str]]:
+    """Draw as many different (texture, colour, shape); among several, plain ones are more frequent."""
     names: list[tuple[str, str, str]] = []
     pairs = set()
-    while len(names) < number:
-        texture = TEXTURES[0] if number > 1 and rng.random() < 0.3 else TEXTURES[int(rng.integers(len(TEXTURES)))]
+    while len(names) < len(unseen):
+        texture = TEXTURES[0] if len(unseen) > 1 and rng.random() < 0.3 else TEXTURES[int(rng.integers(len(TEXTURES)))]
         pair = COLOURS[int(rng.integers(len(COLOURS)))], SHAPES[int(rng.integers(len(SHAPES)))]
         if is_unseen(*pair) == bool(unseen[len(names)]) and pair not in pairs:
             pairs.add(pair)

@@ -15,15 +15,15 @@ from softmoe_clip.data_pipelines.scenes_grammar import Scene, Thing
 # Ground and pattern colour of each name. Neighbours in hue differ in lightness, so that people with a colour
 # vision deficiency can tell them apart too (see the test).
 PALETTE = {
-    "red": ((208, 32, 46), (255, 214, 210)),
+    "red": ((222, 40, 48), (255, 214, 210)),
     "orange": ((247, 138, 25), (255, 240, 214)),
     "yellow": ((252, 219, 52), (176, 130, 0)),
-    "green": ((36, 138, 61), (205, 243, 205)),
-    "cyan": ((56, 199, 214), (236, 253, 255)),
-    "blue": ((36, 84, 214), (206, 221, 255)),
-    "purple": ((113, 38, 158), (232, 206, 250)),
-    "pink": ((247, 140, 196), (255, 242, 249)),
-    "brown": ((122, 72, 32), (238, 212, 184)),
+    "green": ((38, 156, 84), (205, 243, 205)),
+    "cyan": ((84, 214, 228), (14, 104, 132)),
+    "blue": ((32, 98, 224), (206, 221, 255)),
+    "purple": ((110, 34, 150), (232, 206, 250)),
+    "pink": ((240, 118, 184), (255, 236, 247)),
+    "brown": ((104, 58, 24), (236, 208, 178)),
     "black": ((24, 25, 30), (196, 200, 208)),
 }
 # Dark things need a light background; all others are drawn on either.
@@ -123,13 +123,13 @@ def _patch(thing: Thing, image_size: int, rng: np.random.Generator) -> tuple[Ima
     angle = math.radians(rng.uniform(-7, 7))
     mask, rim = _mask_and_rim(thing.shape, side * SUPERSAMPLE, centre, radius * SUPERSAMPLE, angle, image_size)
     base, accent = (tuple(int(level) for level in colour + rng.uniform(-7, 7, 3)) for colour in PALETTE[thing.colour])
-    patch = Image.new("RGB", mask.size, base)
+    patch = Image.new("RGB", (side, side), base)
     if thing.texture != "plain":
         pattern = _pattern(thing, side * SUPERSAMPLE, centre, image_size * SUPERSAMPLE, rng)
-        patch.paste(accent, mask=Image.fromarray(pattern.view(np.uint8) * np.uint8(255)))
-    patch.paste(tuple(int(level * 0.72) for level in base), mask=rim)
-    patch.putalpha(mask)
-    return patch.reduce(SUPERSAMPLE), (left, top)
+        patch.paste(accent, mask=Image.fromarray(pattern.view(np.uint8) * np.uint8(255)).reduce(SUPERSAMPLE))
+    patch.paste(tuple(int(level * 0.72) for level in base), mask=rim.reduce(SUPERSAMPLE))
+    patch.putalpha(mask.reduce(SUPERSAMPLE))
+    return patch, (left, top)
 
 
 def _mask_and_rim(shape, side, centre, radius, angle, image_size) -> tuple[Image.Image, Image.Image]:

@@ -68,10 +68,12 @@ def full_captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     """Write one or two captions that each name every texture, colour and shape, for sets without ambiguous captions."""
     things = scene.things
     if len(things) == 1:
-        return (phrase(things[0]), _single(things[0], "full", rng))
-    if len(things) == 2:
-        return (relation(scene, "full", rng), _places(scene, "full", rng))
-    return (_listing(scene, "full", rng),)
+        said = [phrase(things[0]), _single(things[0], "full", rng)]
+    elif len(things) == 2:
+        said = [relation(scene, "full", rng), _places(scene, "full", rng)]
+    else:
+        said = [_listing(scene, "full", rng)]
+    return tuple(dict.fromkeys(said))
 
 
 def phrase(thing: Thing, detail: Detail = "full", anything: str = "shape") -> str:

@@ -1,0 +1,317 @@
+"""Scenes: captions are true, held-out pairs stay out of training, and the bytes depend on the seed alone."""
+
+import io
+import json
+import re
+from collections import Counter
+from itertools import combinations, product
+from multiprocessing import active_children
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from softmoe_clip.data_pipelines.scenes import (
+    is_unseen,
+    relation_samples,
+    train_sample,
+    unseen_names,
+    val_samples,
+    write_scenes,
+)
+from softmoe_clip.data_pipelines.scenes_draw import DARK, OUTLINES, PALETTE, draw, pictures
+from softmoe_clip.data_pipelines.scenes_grammar import (
+    ANYTHING,
+    COLOURS,
+    SHAPES,
+    SYNONYMS,
+    TEXTURES,
+    Scene,
+    Thing,
+    full_captions,
+)
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+
+PLAIN_WORDS = {synonym: word for word, synonym in SYNONYMS.items()}
+BEFORE, AFTER = (
+    {"row": ("left",), "column": ("above", "over", "top")},
+    {"row": ("right",), "column": ("below", "under", "beneath")},
+)
+# On linear RGB, severity 1: Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color
+# Vision Deficiency", 2009.
+VISION = {
+    "full": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return [train_sample(0, index) for index in range(5000)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "out"
+    write_scenes(out, num_train=60, num_val=40, num_processes=1)
+    return out
+
+
+def things_told(words: str, scene: Scene) -> list[Thing]:
+    """The scene's things, in the order in which a caption names them; fails where it names one that is not there."""
+    told = []
+    for match in re.finditer(rf"\ban? ((?:\w+ )*?)({'|'.join(SHAPES + ANYTHING)})\b", words):
+        attributes = {PLAIN_WORDS.get(word, word) for word in f"{match[1]}{match[2]}".split()} - {
+            *ANYTHING,
+            "small",
+            "large",
+        }
+        # Prefixes: "a picture of a plain red star".
+        attributes -= {"picture", "image", "drawing", "of", "a", "an"}
+        fitting = [thing for thing in scene.things if attributes <= {thing.texture, thing.colour, thing.shape}]
+        assert fitting, f"{words!r} names {attributes}, not in {scene}"
+        told += fitting[:1]
+    return told
+
+
+def is_true(words: str, scene: Scene) -> bool:
+    """Read a caption about two things, and compare it with where they stand."""
+    first, second = things_told(words, scene)
+    axis = "x" if scene.arrangement == "row" else "y"
+    before = getattr(first, axis) < getattr(second, axis)
+    if re.search(r"\b(on|at) the (left|right|top|bottom)\b(?! of)", words):
+        places = re.findall(r"\b(left|right|top|bottom)\b", words)
+        assert len(places) == 2
+        return before == (places[0] in ("left", "top"))
+    said_before = bool(re.search(rf"\b({'|'.join(BEFORE[scene.arrangement])})\b", words))
+    said_after = bool(re.search(rf"\b({'|'.join(AFTER[scene.arrangement])})\b", words))
+    assert said_before != said_after
+    return before == said_before
+
+
+def pairs_told(words: str) -> set[tuple[str, str]]:
+    return set(re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", words))
+
+
+def test_no_held_out_pair_is_drawn_or_told_in_training(train):
+    unseen = {pair for pair in product(COLOURS, SHAPES) if is_unseen(*pair)}
+    drawn = {(thing.colour, thing.shape) for sample in train for thing in sample.scene.things}
+    told = {pair for sample in train for caption in sample.captions for pair in pairs_told(caption)}
+    assert drawn == told == set(product(COLOURS, SHAPES)) - unseen
+    assert not any(sample.extra["unseen"] for sample in train)
+
+
+def test_held_out_pairs_are_spread_evenly_and_make_at_least_64_classes():
+    unseen = [pair for pair in product(COLOURS, SHAPES) if is_unseen(*pair)]
+    assert set(Counter(colour for colour, _ in unseen).values()) == {2}
+    assert set(Counter(shape for _, shape in unseen).values()) == {2}
+    assert len(set(unseen_names())) == len(unseen) * len(TEXTURES) >= 64
+
+
+def test_training_shows_every_word_about_equally_often_in_the_stated_mixture(train):
+    assert Counter(len(sample.scene.things) for sample in train) == {1: 2000, 2: 2500, 3: 500}
+    for field in ("colour", "shape"):
+        counts = Counter(getattr(thing, field) for sample in train for thing in sample.scene.things).values()
+        assert len(counts) == 10
+        assert max(counts) < 1.3 * min(counts)
+    assert {len(sample.captions) for sample in train} == {2, 3, 4}
+    assert all(len(set(sample.captions)) == len(sample.captions) for sample in train)
+
+
+def test_scenes_of_two_come_in_fours_that_only_their_relation_tells_apart(train):
+    pairs = [sample.scene for sample in train if len(sample.scene.things) == 2]
+    for start in range(0, len(pairs), 4):
+        four = pairs[start : start + 4]
+        assert len({tuple(sorted(thing.name for thing in scene.things)) for scene in four}) == 1
+        assert len({scene.description for scene in four}) == 4
+
+
+def test_captions_of_two_things_are_true_and_exchanging_the_things_makes_them_false(train):
+    for sample in [sample for sample in train if len(sample.scene.things) == 2][:800]:
+        scene = sample.scene
+        mirrored = Scene(
+            scene.arrangement, tuple(thing._replace(x=1 - thing.x, y=1 - thing.y) for thing in scene.things), scene.seed
+        )
+        for caption in sample.captions:
+            assert is_true(caption, scene), (caption, scene)
+            assert not is_true(caption, mirrored), (caption, scene)
+
+
+def test_captions_of_one_thing_say_its_place_and_size_truly(train):
+    places = Counter()
+    for sample in [sample for sample in train if len(sample.scene.things) == 1]:
+        thing = sample.scene.things[0]
+        for caption in sample.captions:
+            assert things_told(caption, sample.scene)
+            places.update(words := set(re.findall(r"\b(left|right|top|bottom|small|little|large|big)\b", caption)))
+            assert not words & {"left"} or thing.x < 0.4
+            assert not words & {"right"} or thing.x > 0.6
+            assert not words & {"top"} or thing.y < 0.4
+            assert not words & {"bottom"} or thing.y > 0.6
+            assert not words & {"small", "little"} or thing.size < 0.5
+            assert not words & {"large", "big"} or thing.size > 0.55
+    assert len(places) == 8
+    assert min(places.values()) > 50
+
+
+def test_captions_of_three_things_name_them_in_their_order(train):
+    for sample in [sample for sample in train if len(sample.scene.things) == 3]:
+        first, second, third = sample.scene.things
+        for caption in sample.captions[:2]:
+            told = things_told(caption, sample.scene)
+            if "between" in caption:
+                assert told == [second, first, third]
+            elif re.search("below|under", caption):
+                assert told == [second, third, first]
+                assert first.y < min(second.y, third.y)
+            else:
+                assert told == [first, second, third]
+                axis = "y" if re.search("bottom|above|over", caption) else "x"
+                assert getattr(first, axis) < min(getattr(second, axis), getattr(third, axis))
+
+
+def test_things_are_large_enough_inside_the_picture_and_apart(train):
+    for things in (sample.scene.things for sample in train):
+        for thing in things:
+            assert 64 * thing.size >= (24 if len(things) == 1 else 18)
+            assert thing.size / 2 <= min(thing.x, thing.y, 1 - thing.x, 1 - thing.y)
+        for one, other in combinations(things, 2):
+            gap = max(abs(one.x - other.x), abs(one.y - other.y))
+            assert gap > (one.size + other.size) / 2
+
+
+def test_a_training_scene_depends_on_seed_and_index_alone():
+    assert train_sample(3, 7) == train_sample(3, 7)
+    assert train_sample(3, 7) != train_sample(4, 7)
+    assert len({train_sample(0, index).scene.things for index in range(200)}) == 200
+
+
+def test_held_out_scenes_are_unique_not_in_training_and_half_of_them_hold_unseen_pairs(train):
+    known = {sample.scene.description for sample in train}
+    samples = val_samples(0, 500, known)
+    assert len({sample.scene.description for sample in samples}) == 500
+    captions = Counter(caption for sample in samples for caption in set(sample.captions))
+    assert max(captions.values()) == 1
+    assert sum(sample.extra["unseen"] for sample in samples) == 250
+    assert not any(len(sample.scene.things) > 1 and sample.scene.description in known for sample in samples)
+    for sample in samples:
+        for caption in sample.captions:
+            assert sorted(thing.name for thing in things_told(caption, sample.scene)) == sorted(
+                thing.name for thing in sample.scene.things
+            )
+
+
+def test_more_held_out_scenes_than_single_things_can_be_asked_for():
+    assert len({sample.scene.description for sample in val_samples(0, 600, set())}) == 600
+
+
+def test_a_reversed_caption_has_the_same_words_and_is_false():
+    samples = relation_samples(0, set())
+    assert len(samples) == 500
+    for index, sample in enumerate(samples):
+        caption, false = sample.captions[0], sample.extra["reversed"]
+        assert sorted(caption.split()) == sorted(false.split())
+        assert is_true(caption, sample.scene)
+        assert not is_true(false, sample.scene)
+        assert all(is_unseen(thing.colour, thing.shape) == bool(index % 2) for thing in sample.scene.things)
+
+
+def test_every_set_is_written_with_pictures_captions_and_labels(written):
+    sets = {name: ShardSet.open(str(written / name)) for name in ("train", "val", "combinations", "relations")}
+    assert {name: len(shards) for name, shards in sets.items()} == {
+        "train": 60,
+        "val": 40,
+        "combinations": 800,
+        "relations": 500,
+    }
+    classnames = (written / "combinations" / "classnames.txt").read_text("utf-8").splitlines()
+    assert classnames == unseen_names()
+    labels = Counter()
+    for index in range(0, 800, 7):
+        members = sets["combinations"].read(index).members
+        label = int(members["cls"])
+        labels[label] += 1
+        assert members["txt"].decode() == full_name(classnames[label])
+        assert Image.open(io.BytesIO(members["png"])).size == (64, 64)
+    assert len(labels) == 80
+    relation = json.loads(sets["relations"].read(3).members["json"])
+    assert relation["caption"] == sets["relations"].read(3).members["txt"].decode() != relation["reversed"]
+    assert "cls" not in sets["train"].read(0).members
+
+
+def full_name(classname: str) -> str:
+    return full_captions(Scene("single", (Thing(*classname.split(), 0.5, 0.5, 0.5),), ()), np.random.default_rng(0))[0]
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_bytes(written, tmp_path):
+    write_scenes(tmp_path / "out", num_train=60, num_val=40, num_processes=3)
+    files = sorted(path.relative_to(written) for path in written.rglob("*.*") if path.is_file())
+    assert len(files) == 13
+    for file in files:
+        if file.suffix != ".npz":
+            assert (tmp_path / "out" / file).read_bytes() == (written / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_stopping_early_leaves_no_process_behind():
+    drawn = pictures([train_sample(0, index).scene for index in range(1000)], 64, 2)
+    next(drawn)
+    assert len(active_children()) == 2
+    drawn.close()
+    assert not active_children()
+
+
+def test_a_thing_has_its_colour_on_a_grey_ground_at_any_picture_size():
+    for colour, image_size in product(COLOURS, (32, 64, 224)):
+        scene = Scene("single", (Thing("plain", colour, "square", 0.5, 0.5, 0.5),), (0,))
+        pixels = np.asarray(draw(scene, image_size)).astype(int)
+        assert pixels.shape == (image_size, image_size, 3)
+        middle = pixels[image_size // 2, image_size // 2]
+        assert min(COLOURS, key=lambda name: np.abs(PALETTE[name][0] - middle).sum()) == colour
+        assert np.ptp(pixels[:2, :2], axis=2).max() < 16
+        assert colour not in DARK or pixels[0, 0, 0] > 150
+
+
+def test_shapes_look_different_and_so_do_textures():
+    def look(texture: str, shape: str) -> np.ndarray:
+        return np.asarray(draw(Scene("single", (Thing(texture, "blue", shape, 0.5, 0.5, 0.5),), (0,)))).astype(float)
+
+    assert set(OUTLINES) == set(SHAPES)
+    assert set(PALETTE) == set(COLOURS)
+    for one, other in combinations(SHAPES, 2):
+        assert share_of_other_pixels(look("plain", one), look("plain", other)) > 0.03, (one, other)
+    for one, other in combinations(TEXTURES, 2):
+        assert share_of_other_pixels(look(one, "circle"), look(other, "circle")) > 0.03, (one, other)
+
+
+def share_of_other_pixels(one: np.ndarray, other: np.ndarray) -> float:
+    return (np.abs(one - other).max(axis=2) > 60).mean()
+
+
+@pytest.mark.parametrize(("vision", "least"), [("full", 30), ("protanopia", 10), ("deuteranopia", 15)])
+def test_colours_stay_apart_also_with_a_colour_vision_deficiency(vision, least):
+    seen = [cielab(np.array(PALETTE[name][0]), np.array(VISION[vision])) for name in COLOURS]
+    assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > least
+
+
+def cielab(rgb: np.ndarray, vision: np.ndarray) -> np.ndarray:
+    share = rgb / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(vision @ linear, 0, 1) / (0.9505, 1, 1.089)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        write_scenes(tmp_path, num_train=1, num_val=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_senseless_sizes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_train=0"):
+        write_scenes(tmp_path / "out", num_train=0)
