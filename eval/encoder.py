@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.samples import BadSample
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ImageSet(NamedTuple):
-    """A set of pictures: unit vectors (n, z) in the order of the set, and what came with them; bad ones are skipped."""
+    """Unit vectors (n, z) of the good pictures of a set, in its order, with what came with them.
+
+    `indices` are their numbers in the set; `skipped` lists the bad ones (key, shard, reason).
+    """
 
     embeddings: np.ndarray
     keys: list[str]
     captions: list[tuple[str, ...]]
     labels: list[int | None]
-    skipped: list
+    skipped: list[BadSample]
+    indices: list[int]
 
 
 @dataclass
@@ -65,21 +70,19 @@ class Encoder:
         return np.concatenate(parts)
 
     def image_set(self, data: Any) -> ImageSet:
-        """Embed the pictures of a ShardSet (or ClassFolders) in order; the unreadable ones are listed in `skipped`."""
+        """Embed the pictures of a ShardSet (or ClassFolders); raise ValueError if none of them can be read."""
         from softmoe_clip.data_pipelines.loader import eval_batches
 
-        embeddings, found = [], ImageSet(np.empty(0), [], [], [], [])
+        embeddings, found = [], ImageSet(np.empty(0), [], [], [], [], [])
         with self.evaluating(), progress("encoding pictures", total=len(data), unit="pictures") as advance:
             for batch in eval_batches(data, self.transform, self.batch_size, self.num_workers):
-                if len(batch.keys):
-                    embeddings.append(self.images(batch.images))
+                embeddings.append(self.images(batch.images))
                 found.keys.extend(batch.keys)
                 found.captions.extend(batch.captions)
                 found.labels.extend(batch.labels)
                 found.skipped.extend(batch.skipped)
+                found.indices.extend(batch.indices)
                 advance(len(batch.keys) + len(batch.skipped))
-        if not embeddings:
-            raise ValueError(f"none of the {len(data)} pictures can be read, the first because of: {found.skipped[:1]}")
         return found._replace(embeddings=np.concatenate(embeddings))
 
     @contextmanager

@@ -1,11 +1,10 @@
 """Tell a true caption from the same caption with its relation reversed: chance is one half, by construction."""
 
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.tar_index import RawSample
 from softmoe_clip.eval.class_folders import open_data
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig
 from softmoe_clip.eval.encoder import Encoder
@@ -17,7 +16,7 @@ def relations(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results
     """Return the share of pictures closer to their true caption than to the reversed one; a tie counts half."""
     data = open_data(suite.place(task.data))
     pictures = encoder.image_set(data)
-    pairs = list(caption_pairs(data, pictures.keys, suite.place(task.data)))
+    pairs = [caption_pair(data.read(index)) for index in pictures.indices]
     texts = encoder.texts([text for pair in pairs for text in pair]).reshape(len(pairs), 2, -1)
     scores = np.einsum("bz,btz->bt", pictures.embeddings, texts)
     return Results(
@@ -33,13 +32,11 @@ def preferred(scores: np.ndarray) -> np.ndarray:
     return np.where(np.abs(ahead) <= TIE, 0.5, ahead > 0)
 
 
-def caption_pairs(data: Any, keys: list[str], place: str) -> Iterator[tuple[str, str]]:
-    """Read (caption, reversed) from the json of each picture that was embedded, in the order of the set."""
-    samples = (data.read(index) for index in range(len(data)))
-    for key in keys:
-        sample = next(sample for sample in samples if sample.key == key)
-        try:
-            content = json.loads(sample.members["json"])
-            yield str(content["caption"]), str(content["reversed"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f'sample {key} of {place} has no json with "caption" and "reversed"') from None
+def caption_pair(sample: RawSample) -> tuple[str, str]:
+    """Read the true and the reversed caption from a sample's json."""
+    try:
+        content = json.loads(sample.members["json"])
+        return str(content["caption"]), str(content["reversed"])
+    except (KeyError, TypeError, ValueError):
+        where = f"sample {sample.key} in {sample.shard}"
+        raise ValueError(f'{where} has no json with "caption" and "reversed", which a relations task needs') from None

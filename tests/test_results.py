@@ -59,9 +59,6 @@ def test_times_chance_has_no_value_where_it_has_no_meaning():
 def test_models_are_compared_side_by_side():
     other = Results(metrics={"retrieval/x/text_to_image/recall@1": 0.5, "zero_shot/y/top1": 0.1}, chance={})
     shown = lines(comparison([RESULTS, other], ["soft", "dense"]))
-    assert ["", "metric", "soft", "dense", "chance", ""] in [
-        [c.strip("┃ ") for c in r] for r in shown
-    ] or "soft" in str(shown)
     assert ["", "retrieval/x/text_to_image/recall@1", "25.00 %", "50.00 %", "1.00 %", ""] in shown
     assert ["", "zero_shot/y/top1", "", "10.00 %", "", ""] in shown
 
