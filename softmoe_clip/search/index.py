@@ -1,0 +1,105 @@
+"""Exact nearest-neighbour indices (faiss, inner product) over an embedding folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def index(embeddings: str | Path, out: str | Path | None = None) -> Path:
+    """Write `image.index` and `text.index` over an embedding folder, and return the folder that holds them.
+
+    OUT is the embedding folder itself, or another one, which then gets its own copy of the metadata. Every row is
+    scaled to length one, so that the inner product is the cosine. Raises ValueError where files are missing or
+    pictures, texts and metadata differ in rows.
+    """
+    import faiss
+
+    embeddings = Path(embeddings)
+    check_rows(embeddings)
+    out = Path(out) if out else embeddings
+    out.mkdir(parents=True, exist_ok=True)
+    for kind, name in (("img_emb", "image.index"), ("text_emb", "text.index")):
+        flat = None
+        for rows in unit_rows(embeddings, kind):
+            flat = faiss.IndexFlatIP(rows.shape[1]) if flat is None else flat
+            flat.add(rows)
+        if flat is not None:
+            faiss.write_index(flat, str(out / f"{name}.partial"))
+            os.replace(out / f"{name}.partial", out / name)
+    if out.resolve() != embeddings.resolve():
+        shutil.copytree(embeddings / "metadata", out / "metadata", dirs_exist_ok=True)
+        if (embeddings / "meta.json").exists():
+            shutil.copy(embeddings / "meta.json", out / "meta.json")
+    return out
+
+
+def check_rows(embeddings: Path) -> None:
+    """Refuse a folder without embeddings, or whose parts don't belong together."""
+    import pyarrow.parquet as pq
+
+    if not embeddings.is_dir():
+        raise ValueError(f"no folder of embeddings at {embeddings}: write one with `softmoe-clip embed`")
+    parts = part_files(embeddings, "img_emb")
+    if not parts:
+        raise ValueError(f"{embeddings} holds no img_emb/img_emb_*.npy: write it with `softmoe-clip embed`")
+    with_text = bool(part_files(embeddings, "text_emb"))
+    widths = set()
+    for path in parts:
+        part = path.stem.removeprefix("img_emb_")
+        shape = load_part(path).shape
+        widths.add(shape[1:])
+        beside = {"metadata": embeddings / f"metadata/metadata_{part}.parquet"}
+        if with_text:
+            beside["text_emb"] = embeddings / f"text_emb/text_emb_{part}.npy"
+        for kind, other in beside.items():
+            if not other.exists():
+                raise ValueError(
+                    f"{other} is missing beside {path.name}: write the folder again with `softmoe-clip embed`"
+                )
+            rows = pq.read_metadata(other).num_rows if kind == "metadata" else len(load_part(other))
+            if rows != shape[0]:
+                raise ValueError(
+                    f"{other} has {rows} rows and {path.name} has {shape[0]}: "
+                    f"they are not from one run; write the folder again with `softmoe-clip embed`"
+                )
+    if len(widths) > 1:
+        raise ValueError(f"the parts in {embeddings}/img_emb differ in width: {sorted(widths)}")
+
+
+def part_files(embeddings: Path, kind: str) -> list[Path]:
+    """The .npy parts of one kind, in order of their number."""
+    return sorted((embeddings / kind).glob(f"{kind}_*.npy"), key=lambda path: (len(path.name), path.name))
+
+
+def load_part(path: Path) -> np.ndarray:
+    """Map one part into memory; a file that is no 2-d array of numbers is refused."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is no readable .npy file ({error}): write it again with `softmoe-clip embed`"
+        ) from None
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        raise ValueError(f"{path} should hold rows of floats, it holds {rows.dtype} of shape {rows.shape}")
+    return rows
+
+
+def unit_rows(embeddings: Path, kind: str, rows_per_block: int = 65_536) -> Iterator[np.ndarray]:
+    """Yield blocks of float32 unit vectors, block by block so that a set larger than memory passes through."""
+    for path in part_files(embeddings, kind):
+        part = load_part(path)
+        for start in range(0, len(part), rows_per_block):
+            rows = np.ascontiguousarray(part[start : start + rows_per_block], dtype=np.float32)
+            if not np.isfinite(rows).all():
+                raise ValueError(f"{path} holds a number that is not finite, after row {start}: embed the shards again")
+            yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def read_meta(folder: Path) -> dict:
+    """Read meta.json (model, shards); a folder from another tool has none, then the dict is empty."""
+    path = Path(folder) / "meta.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,97 @@
+"""The index over an embedding folder: exact, and only over parts that belong together."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from softmoe_clip.search.index import index
+from softmoe_clip.search.query import nearest, open_index
+
+
+def write_part(folder, part, images, texts=None, num_rows=None):
+    """One part of an embedding folder as any tool might write it."""
+    for kind, vectors in (("img_emb", images), ("text_emb", texts)):
+        if vectors is not None:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            np.save(folder / kind / f"{kind}_{part}.npy", vectors)
+    (folder / "metadata").mkdir(exist_ok=True)
+    rows = len(images) if num_rows is None else num_rows
+    table = pa.table({"image_path": [f"{part}-{i}.jpg" for i in range(rows)], "caption": ["words"] * rows})
+    pq.write_table(table, folder / "metadata" / f"metadata_{part}.parquet")
+
+
+def unit(rows, seed, width=16):
+    vectors = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_answers_equal_those_of_sorting_all_products(tmp_path):
+    parts = [unit(50, 0), unit(30, 1)]
+    for number, part in enumerate(parts):
+        write_part(tmp_path, f"{number:04d}", part, part[:, ::-1])
+    assert index(tmp_path) == tmp_path
+    vectors, query = np.concatenate(parts), unit(1, 2)[0]
+    hits = nearest(open_index(tmp_path), query, k=7)
+    expected = np.argsort(-(vectors @ query))[:7]
+    assert [hit.row for hit in hits] == expected.tolist()
+    np.testing.assert_allclose([hit.score for hit in hits], (vectors @ query)[expected], atol=1e-6)
+    texts = nearest(open_index(tmp_path), query[::-1], k=3, among="captions")
+    assert [hit.row for hit in texts] == expected[:3].tolist()
+
+
+def test_a_folder_of_clip_retrieval_with_float16_and_no_text_is_indexed(tmp_path):
+    write_part(tmp_path, "0", unit(10, 0).astype(np.float16))
+    index(tmp_path)
+    opened = open_index(tmp_path)
+    hits = nearest(opened, unit(10, 0)[3], k=100)
+    assert len(hits) == 10
+    assert (hits[0].row, hits[0].key, hits[0].caption) == (3, "0-3.jpg", "words")
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ValueError, match="text_emb"):
+        nearest(opened, unit(10, 0)[3], among="captions")
+
+
+def test_an_index_elsewhere_stands_on_its_own(tmp_path):
+    write_part(tmp_path / "emb", "0000", unit(5, 0), unit(5, 1))
+    assert index(tmp_path / "emb", tmp_path / "index") == tmp_path / "index"
+    assert not (tmp_path / "emb/image.index").exists()
+    assert nearest(open_index(tmp_path / "index"), unit(5, 0)[2])[0].row == 2
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda folder: write_part(folder, "0001", unit(4, 0), unit(3, 0)), "text_emb_0001.npy has 3 rows"),
+        (
+            lambda folder: write_part(folder, "0001", unit(4, 0), unit(4, 0), num_rows=5),
+            "metadata_0001.parquet has 5 rows",
+        ),
+        (lambda folder: (folder / "text_emb/text_emb_0000.npy").unlink(), "text_emb"),
+        (lambda folder: (folder / "metadata/metadata_0000.parquet").unlink(), "metadata_0000.parquet is missing"),
+        (lambda folder: write_part(folder, "0001", unit(4, 0, width=8), unit(4, 0, width=8)), "differ in width"),
+        (lambda folder: (folder / "img_emb/img_emb_0000.npy").write_bytes(b"\x93NUMPY"), "img_emb_0000.npy"),
+        (
+            lambda folder: np.save(folder / "img_emb/img_emb_0000.npy", np.full((5, 16), np.nan, np.float32)),
+            "not finite",
+        ),
+        (lambda folder: (folder / "img_emb/img_emb_0000.npy").unlink(), "no img_emb"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path, break_it, named):
+    write_part(tmp_path, "0000", unit(5, 0), unit(5, 1))
+    break_it(tmp_path)
+    if named == "text_emb":  # the last of the text files gone: then it is a folder without texts, which is fine
+        assert not open_index(index(tmp_path)).text
+        return
+    with pytest.raises(ValueError, match=named) as error:
+        index(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.index*"))
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="softmoe-clip embed"):
+        index(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="softmoe-clip index"):
+        open_index(tmp_path)
