@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -143,9 +142,9 @@ def save_index(path: str | Path, parts: Iterable[TarPart]) -> None:
 def load_index(path: str | Path) -> dict[str, TarPart]:
     """Read an index by tar name; a missing, damaged or foreign one is empty: it can always be made again."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {part.name: part for part in _parts({name: arrays[name] for name in arrays.files})}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # zipfile and numpy have a dozen ways to fail on a damaged file
         return {}
 
 
@@ -154,6 +153,9 @@ def _parts(arrays: dict[str, np.ndarray]) -> list[TarPart]:
     if text["version"] != INDEX_VERSION:
         return []
     num_samples = [len(keys) for keys in text["keys"]]
+    lengths = {len(arrays[name]) for name in ("extensions", "offsets", "sizes", "header_crcs")}
+    if lengths != {arrays["num_members"].sum()} or len(arrays["starts"]) != sum(num_samples) + len(num_samples):
+        raise ValueError("the arrays do not fit together")
     starts = np.split(arrays["starts"], np.cumsum([count + 1 for count in num_samples])[:-1])
     ends = np.cumsum(arrays["num_members"])[:-1]
     columns = [np.split(arrays[name], ends) for name in ("extensions", "offsets", "sizes", "header_crcs")]
