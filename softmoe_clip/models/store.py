@@ -23,7 +23,7 @@ FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_mod
 
 
 class LoadedModel(NamedTuple):
-    """A model, strings to ids, PIL to float (3, r, r), and the config of its folder (None for an open_clip NAME:TAG)."""
+    """A model, strings to ids, PIL to float (3, r, r), and the config of its folder (None for a model of open_clip's)."""
 
     model: nn.Module
     tokenizer: Any

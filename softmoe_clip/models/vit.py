@@ -42,8 +42,8 @@ SIZES = {
     "large": Size(1024, 24, 4096, 16),
     "huge": Size(1280, 32, 5120, 16),
 }
-# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14; 32 for /32 as in the paper's Table 9; our choice for
-# tiny. Slots stay the same at a higher resolution. The demo's 64 slots make its forward 4 % dearer than its dense twin's.
+# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14; 32 for /32 as in the paper's Table 9; our choice
+# for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 4 % above those of its dense twin.
 TOWERS = (
     Tower("demo", 8, (64,), num_experts=32, slots_per_expert=2),
     Tower("tiny", 16, (224, 256, 384), num_experts=128),

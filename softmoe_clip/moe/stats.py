@@ -48,9 +48,7 @@ def is_collecting() -> bool:
     return bool(_open)
 
 
-# A graph break under torch.compile, met only while a collector is open; no_grad saves nothing for backward, so that
-# gradient checkpointing sees the same graph with and without a collector.
-@torch.compiler.disable
+# no_grad saves nothing for backward, so that gradient checkpointing sees the same graph with and without a collector.
 @torch.no_grad()
 def report(
     label: str,
@@ -59,20 +57,22 @@ def report(
     router_scale: Float[Tensor, ""],
     mask: Bool[Tensor, "b n"] | None,
 ) -> None:
-    """Give one layer's statistics to every open collector; padding is left out of the means."""
-    dispatch, combine = dispatch.detach().flatten(2), combine.detach().flatten(2)
-    if mask is None:
-        mask = torch.ones(dispatch.shape[:2], dtype=torch.bool, device=dispatch.device)
-    some = mask.any(1)
-    dispatch, combine = dispatch[some], combine[mask]
-    # A lone token has nothing to choose between: its entropy is 0, not 0 / 0.
-    most = mask[some].sum(1, keepdim=True).log().clamp(min=torch.finfo(torch.float32).tiny)
+    """Give one layer's statistics to every open collector; padding and examples of it alone are left out."""
+    dispatch, combine = dispatch.flatten(2), combine.flatten(2)
+    # Products with 0 and 1 instead of indexing: shapes that depend on the data would break a compiled graph.
+    real = dispatch.new_ones(dispatch.shape[:2]) if mask is None else mask.to(dispatch.dtype)
+    lengths = real.sum(1)
+    examples = (lengths > 0) / (lengths > 0).sum().clamp(min=1)
+    tokens = real / lengths.sum().clamp(min=1)
+    # A lone token, or a lone slot, has nothing to choose between: its entropy is 0, not 0 / 0.
+    dispatch_entropy = torch.special.entr(dispatch).sum(1).mean(1) / lengths.log().clamp(min=1e-30)
+    combine_entropy = torch.special.entr(combine).sum(2) / max(log(combine.shape[2]), 1e-30)
     statistics = {
-        "dispatch_entropy": (torch.special.entr(dispatch).sum(1) / most).mean(),
-        "combine_entropy": torch.special.entr(combine).sum(-1).mean() / max(log(combine.shape[-1]), 1e-30),
-        "dispatch_max": dispatch.amax(1).mean(),
-        "combine_max": combine.amax(-1).mean(),
+        "dispatch_entropy": (dispatch_entropy * examples).sum(),
+        "combine_entropy": (combine_entropy * tokens).sum(),
+        "dispatch_max": (dispatch.amax(1).mean(1) * examples).sum(),
+        "combine_max": (combine.amax(2) * tokens).sum(),
         "router_scale": router_scale.detach().clone(),
     }
     for collected in _open:
-        collected.reports.setdefault(label, []).append({name: v.float() for name, v in statistics.items()})
+        collected.reports.setdefault(label, []).append({name: value.float() for name, value in statistics.items()})
