@@ -1,12 +1,24 @@
 """Compute the items of a sequence in order, in worker processes that live as long as the iteration."""
 
+import atexit
 import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader
+
+END = object()
+UNFINISHED: WeakSet[Iterator[Any]] = WeakSet()
+
+
+@atexit.register
+def close_unfinished() -> None:
+    """End the workers before Python does, which asks with the SIGTERM that they ignore, and would wait for ever."""
+    for results in list(UNFINISHED):
+        results.close()
 
 
 class Items(Protocol):
@@ -39,23 +51,36 @@ def computed_in_order(items: Items, num_workers: int, pin_memory: bool = False) 
     `pin_memory` puts tensors where a GPU can fetch them, if there is one (and turns tuples in lists into lists).
     Draws nothing from torch's global generator. Raises what an item raised, or ValueError when a worker died.
     """
-    iterator = start(items, num_workers, pin_memory and torch.cuda.is_available())
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if num_workers == 0:
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"a loader worker stopped ({reason}): this is most often too little memory or shared memory; "
-                "try fewer num_workers, 0 for none"
-            ) from error
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    results = ordered_results(items, num_workers, pin_memory and torch.cuda.is_available())
+    UNFINISHED.add(results)
+    return results
+
+
+def ordered_results(items: Items, num_workers: int, pin_memory: bool) -> Iterator[Any]:
+    """Do it: wait for one result after the other, and end the workers whatever happens."""
+    iterator = start(items, num_workers, pin_memory)
+    try:
+        while (item := next_result(iterator, num_workers)) is not END:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        if num_workers:
+            iterator._shutdown_workers()  # a traceback may hold the iterator, and so its workers, to the very end
+
+
+def next_result(iterator: Iterator[Any], num_workers: int) -> Any:
+    """Take the next result, END after the last."""
+    try:
+        return next(iterator, END)
+    except RuntimeError as error:
+        if num_workers == 0:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"a loader worker stopped ({reason}): this is most often too little memory or shared memory; "
+            "try fewer num_workers, 0 for none"
+        ) from error
 
 
 def start(items: Items, num_workers: int, pin_memory: bool) -> Iterator[Any]:

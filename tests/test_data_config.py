@@ -1,0 +1,43 @@
+"""DataConfig: plain defaults, and one sentence for what cannot be."""
+
+import subprocess
+import sys
+
+import pytest
+
+from softmoe_clip.data_pipelines.config import DataConfig
+
+
+def test_defaults_are_the_soft_moe_recipe():
+    assert DataConfig(train="shards") == DataConfig("shards", None, "random", (0.05, 1.0), False, 2)
+    assert DataConfig(train="shards", crop_scale=[0.5, 1]).crop_scale == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ""}, "data.train is empty"),
+        ({"caption": "last"}, "data.caption must be random or first"),
+        ({"crop_scale": (0.0, 1.0)}, "data.crop_scale"),
+        ({"crop_scale": (0.5, 0.4)}, "data.crop_scale"),
+        ({"crop_scale": (0.5, 1.1)}, "data.crop_scale"),
+        ({"crop_scale": (0.5,)}, "data.crop_scale"),
+        ({"crop_scale": (float("nan"), 1.0)}, "data.crop_scale"),
+        ({"num_workers": -1}, "data.num_workers"),
+    ],
+)
+def test_impossible_values_name_the_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"train": "shards", **changes})
+
+
+def test_omegaconf_takes_it_as_a_structure():
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.merge(OmegaConf.structured(DataConfig(train="x")), {"crop_scale": [0.2, 1.0], "flip": True})
+    assert OmegaConf.to_object(tree) == DataConfig(train="x", crop_scale=(0.2, 1.0), flip=True)
+
+
+def test_the_module_needs_no_torch():
+    code = "import sys, softmoe_clip.data_pipelines.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

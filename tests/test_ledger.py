@@ -1,0 +1,29 @@
+"""The ledger of replaced samples."""
+
+from softmoe_clip.data_pipelines.ledger import Replacement, append_replaced, cut_back_ledger, read_ledger
+
+ENTRY = Replacement(5, "000000001", "00000.tar", "no caption", "000000002")
+
+
+def test_entries_come_back_and_nothing_makes_no_file(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    append_replaced(file, [], step=1)
+    assert not file.exists()
+    assert read_ledger(file) == []
+    append_replaced(file, [ENTRY, ENTRY._replace(reason="é 猫")], step=1)
+    append_replaced(file, [ENTRY], step=2)
+    assert read_ledger(file)[0] == {**ENTRY._asdict(), "step": 1}
+    assert [entry["step"] for entry in read_ledger(file)] == [1, 1, 2]
+
+
+def test_cutting_back_drops_later_steps_and_half_lines(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    cut_back_ledger(file, 3)
+    for step in range(1, 6):
+        append_replaced(file, [ENTRY], step)
+    with open(file, "a") as ledger:
+        ledger.write('{"position": 7, "ke')
+    cut_back_ledger(file, 3)
+    append_replaced(file, [ENTRY], 4)
+    assert [entry["step"] for entry in read_ledger(file)] == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]

@@ -1,0 +1,126 @@
+"""The training crop: a pure function of its generator, unbiased, quick; the evaluation transform: open_clip's."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softmoe_clip.data_pipelines.transforms import (
+    Augment,
+    decode_crop,
+    draw_crop,
+    eval_transform,
+    normalise,
+    train_crop,
+)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green grows down: a crop's place can be read from its pixels."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(200, 200), (640, 300), (97, 351), (1, 1), (1, 500), (3000, 2)])
+def test_crops_are_uint8_planes_drawn_from_the_generator_alone(size):
+    picture, augment = smooth(*size), Augment(flip=True)
+    state = torch.get_rng_state()
+    crops = [train_crop(picture, 32, augment, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 and crop.is_contiguous() for crop in crops)
+    assert torch.equal(crops[0], crops[1])
+    assert min(size) <= 2 or not torch.equal(crops[0], crops[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scaled_decoding_crops_the_same_place():
+    for seed in range(30):
+        picture = smooth(403, 301)
+        data = encoded(picture, "JPEG", quality=98, subsampling=0)
+        quick = decode_crop(data, 32, Augment(flip=True), np.random.default_rng(seed)).int()
+        slow = train_crop(picture, 32, Augment(flip=True), np.random.default_rng(seed)).int()
+        assert (quick[:2] - slow[:2]).abs().max() <= 4
+
+
+def test_pictures_stored_turned_are_cropped_upright():
+    picture, exif = smooth(300, 200), Image.Exif()
+    exif[0x0112] = 6
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    for kind, options in {"JPEG": {"quality": 98, "subsampling": 0}, "PNG": {}, "TIFF": {}}.items():
+        data = encoded(turned, kind, exif=exif, **options)
+        quick = decode_crop(data, 32, Augment(), np.random.default_rng(3)).int()
+        assert (quick[:2] - train_crop(picture, 32, Augment(), np.random.default_rng(3)).int()[:2]).abs().max() <= 4
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+
+    augment = Augment(crop_scale=(0.2, 0.8))
+    ours = [draw_crop(400, 300, augment, np.random.default_rng(seed))[:4] for seed in range(2000)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        picture = torch.empty(3, 300, 400)
+        theirs = [RandomResizedCrop.get_params(picture, (0.2, 0.8), (3 / 4, 4 / 3)) for _ in range(2000)]
+    left, top, width, height = np.array(ours).T
+    assert set(width * height / 120_000 < 0.199) == set(width * height / 120_000 > 0.801) == {False}
+    assert left.min() == top.min() == 0
+    assert (left + width).max() == 400
+    assert (top + height).max() == 300
+    their_top, their_left, their_height, their_width = np.array(theirs).T
+    pairs = ((left, their_left), (top, their_top), (width, their_width), (height, their_height))
+    for mine, other in pairs:
+        assert abs(mine.mean() - other.mean()) < 5 * other.std() * np.sqrt(2 / 2000)
+        assert abs(mine.std() / other.std() - 1) < 0.1
+
+
+def test_half_of_the_pictures_are_mirrored_where_asked():
+    flips = [draw_crop(10, 10, Augment(flip=True), np.random.default_rng(seed)).flip for seed in range(1000)]
+    assert 430 < sum(flips) < 570
+    picture = smooth(100, 100)
+    mirrored = next(seed for seed, flip in enumerate(flips) if flip)
+    crop = train_crop(picture, 16, Augment(flip=True), np.random.default_rng(mirrored)).int()
+    assert crop[0, 0, 0] > crop[0, 0, -1]
+
+
+def test_crops_are_antialiased():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8))
+    whole = Augment(crop_scale=(0.99, 1.0), crop_ratio=(1.0, 1.0))
+    assert train_crop(noise, 20, whole, np.random.default_rng(0)).float().std() < 10
+
+
+def test_damaged_pictures_are_refused_with_a_reason():
+    with pytest.raises(ValueError, match="truncated"):
+        decode_crop(encoded(smooth(100, 100), "JPEG")[:-50], 16, Augment(), np.random.default_rng(0))
+
+
+def test_the_evaluation_transform_is_open_clips():
+    from open_clip.transform import image_transform
+
+    picture, cfg = smooth(123, 77), {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
+    expected = image_transform(64, is_train=False, mean=cfg["mean"], std=cfg["std"], interpolation="bicubic")(picture)
+    assert torch.equal(eval_transform(cfg, 64)(picture), expected)
+    assert torch.equal(eval_transform({**cfg, "size": 64}, 32)(picture), expected)
+    with pytest.raises(ValueError, match="names no size"):
+        eval_transform(cfg)
+    with pytest.raises(ValueError, match="unknown key men"):
+        eval_transform({"men": 1, "size": 64})
+
+
+def test_training_pixels_are_normalised_as_evaluation_pixels_are():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    torch.testing.assert_close(
+        normalise(pixels, mean, std)[0], eval_transform({"size": 16, "mean": mean, "std": std})(picture)
+    )
+    assert math.isclose(normalise(pixels, mean, std).min(), -2.0, abs_tol=1e-6)
