@@ -104,7 +104,7 @@ def eval_transform(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     known = PreprocessCfg.__dataclass_fields__
-    settings = {name: value for name, value in preprocess_cfg.items() if name in known}
+    settings = {name: value for name, value in preprocess_cfg.items() if name in known and value is not None}
     if unknown := preprocess_cfg.keys() - known.keys():
         raise ValueError(f"preprocess_cfg has the unknown key {min(unknown)}; known are {', '.join(known)}")
     if image_size is not None:
