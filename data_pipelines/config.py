@@ -15,6 +15,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.05, 1.0)
     flip: bool = False
     num_workers: int = 2
+    shuffle_captions: bool = False  # a control: pictures with captions of others, which must teach nothing
 
     def __post_init__(self):
         # omegaconf hands tuples over as lists; a frozen dataclass should stay hashable.

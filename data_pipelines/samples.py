@@ -1,9 +1,10 @@
 """From the raw bytes of one key to a pair, an encoded picture and its captions; or a BadSample that says why not."""
 
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from softmoe_clip.data_pipelines.tar_index import RawSample
+from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -46,6 +47,15 @@ def read_pair(raw: RawSample) -> Pair:
     except ValueError as error:
         raise BadSample(raw.key, raw.shard, str(error)) from None
     return Pair(raw.key, raw.shard, image, captions, label)
+
+
+def all_captions(shards: ShardSet) -> Iterator[str]:
+    """Yield every caption of every good sample, in shard order: what a tokenizer is trained on."""
+    for index in range(len(shards)):
+        try:
+            yield from read_pair(shards.read(index)).captions
+        except BadSample:
+            continue
 
 
 def captions_of(members: dict[str, bytes]) -> tuple[str, ...]:

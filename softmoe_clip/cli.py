@@ -75,13 +75,13 @@ def check(shards: str):
 def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Option(help="pieces")] = 2000):
     """Make a sentencepiece tokenizer from the captions of shards.
 
-    Example: softmoe-clip train-tokenizer shards/train tokenizer
+    Example: softmoe-clip train-tokenizer shards/train tokenizer.model
     """
     from softmoe_clip.data_pipelines.samples import all_captions
     from softmoe_clip.data_pipelines.tar_index import ShardSet
     from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
 
-    print(train_tokenizer(all_captions(ShardSet.open(shards)), out, vocab_size))
+    train_tokenizer(all_captions(ShardSet.open(shards)), out, vocab_size)
 
 
 @app.command()

@@ -49,7 +49,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its decay rules (regular expression over parameter names -> decay, first match) and its schedule in steps."""
+    """AdamW, its decay rules (expression over parameter names: decay; the first match wins), its schedule in steps."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -140,6 +140,6 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def find_config(path: str | Path) -> Path:
-    """Return the path itself where it exists, else the packaged file of that name, so that `configs/...` works anywhere."""
+    """Return the path where it exists, else the packaged file of that name: `configs/...` works from any folder."""
     packaged = Path(__file__).parent / "configs" / str(path).removeprefix("configs/")
     return packaged if not Path(path).exists() and packaged.exists() else Path(path)

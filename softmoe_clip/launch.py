@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Expert gradients are hundreds of megabytes of fresh memory in each step; returned to the system they are paged in anew.
+# Expert gradients are hundreds of megabytes in each step; memory given back to the system would be paged in anew.
 CPU_MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for transparent huge pages
     "MALLOC_MMAP_MAX_": "0",  # glibc keeps large blocks in its heap,

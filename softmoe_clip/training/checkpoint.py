@@ -32,7 +32,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int) -> Path:
-    """Write `folder/step_00001000` under a temporary name, sync it, rename it, and drop the oldest beyond `keep_last`."""
+    """Write `folder/step_00001000` under a temporary name, sync and rename it; keep the newest `keep_last`."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"

@@ -1,6 +1,9 @@
 """Several processes as one: how they start, how embeddings cross them with their gradients, how they agree."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +13,7 @@ from torch import Tensor
 def make_accelerator(precision: str):
     """Return Accelerate's state for this process; refuse a launch whose processes do not know of each other.
 
-    Without `cpu=True` a launch of two CPU processes starts two runs, each believing it is alone (facts: Accelerate 1.15).
+    Without `cpu=True` a launch of two CPU processes starts two runs, each believing it is alone (Accelerate 1.15).
     """
     from accelerate import Accelerator
 
@@ -19,20 +22,35 @@ def make_accelerator(precision: str):
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched but {accelerator.num_processes} found each other. On CPU use: accelerate "
-            "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m softmoe_clip ..."
+            f"{launched} processes were launched but {accelerator.num_processes} found each other. On CPU use: "
+            "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+            "-m softmoe_clip train ..."
         )
     return accelerator
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Compute as a single process would, as the main process does when it measures while the others wait."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    """Return the number of processes in this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Return the number of processes that compute together."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def local_offset(num_local: int) -> int:
     """Return the row at which this process's part begins in a gathered tensor."""
-    return dist.get_rank() * num_local if dist.is_initialized() else 0
+    return dist.get_rank() * num_local if world_size() > 1 else 0
 
 
 class _GatherWithGrad(torch.autograd.Function):
@@ -56,19 +74,16 @@ def gather_with_grad(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _GatherWithGrad.apply(local)
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a scalar over all processes, without gradient."""
+def over_processes(value: Tensor, reduce: Literal["mean", "sum", "max"]) -> Tensor:
+    """Return the mean, sum or largest of a tensor over all processes, without gradient; the same in all of them."""
     value = value.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(value)
-        value /= world_size()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX if reduce == "max" else dist.ReduceOp.SUM)
+        if reduce == "mean":
+            value /= world_size()
     return value
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is up in at least one process, the same answer in all of them."""
-    if world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return bool(over_processes(torch.tensor(int(flag), device=device), "max"))

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from softmoe_clip.config import TrainConfig
-from softmoe_clip.data_pipelines.ledger import Ledger
+from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
 from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.transforms import Augment
-from softmoe_clip.models.store import LoadedModel, save
+from softmoe_clip.data_pipelines.transforms import Augment, normalise
+from softmoe_clip.models.store import save
 from softmoe_clip.moe.stats import collect_routing
-from softmoe_clip.training.build import build, normalise
+from softmoe_clip.training.build import build
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
-from softmoe_clip.training.distributed import any_process, make_accelerator, mean_over_processes
+from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.measure import measure
 from softmoe_clip.training.optim import adamw, schedule
@@ -59,8 +59,10 @@ def train(config: TrainConfig) -> Path:
     learning_rate = schedule(config.optim, config.last_step)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step) if is_main else None
-    ledger = Ledger(run / "skipped.jsonl", last_step=done.step) if is_main else None
+    ledger, num_replaced = run / "skipped.jsonl", 0
     if is_main:
+        cut_back_ledger(ledger, done.step)
+        num_replaced = len(read_ledger(ledger))
         say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
         if done.step:
             say(f"going on after step {done.step} of {config.last_step}")
@@ -69,9 +71,11 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         if is_main:
             save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
-            save(LoadedModel(towers, loaded.tokenizer, loaded.transform, loaded.config), run / "model")
+            save(loaded, run / "model")
         accelerator.wait_for_everyone()
 
+    accelerator.wait_for_everyone()
+    preprocess = loaded.preprocess_cfg
     batches = train_batches(
         shards,
         loaded.tokenizer,
@@ -99,11 +103,12 @@ def train(config: TrainConfig) -> Path:
                 group["lr"] = learning_rate(done.step)
 
             with collect_routing() if reports else nullcontext() as routing:
-                out = model(normalise(batch.images.to(device, non_blocking=True), loaded), batch.token_ids.to(device))
+                images = normalise(batch.images.to(device, non_blocking=True), preprocess["mean"], preprocess["std"])
+                out = model(images, batch.token_ids.to(device, non_blocking=True))
             loss = loss_function(
                 out["image_features"].float(), out["text_features"].float(), out["logit_scale"], out.get("logit_bias")
             )
-            loss_value = mean_over_processes(loss).item()
+            loss_value = over_processes(loss, "mean").item()
             if not math.isfinite(loss_value):
                 raise ValueError(
                     f"loss is {loss_value} at step {step}, sample keys {' '.join(batch.keys)}: lower optim.lr"
@@ -120,9 +125,12 @@ def train(config: TrainConfig) -> Path:
             pairs_since += config.batch_size
             stopping = any_process(bool(stop), device)
             is_last = step == config.last_step
+            append_replaced(ledger, batch.replaced, step)
+            num_replaced += len(batch.replaced)
             if is_main:
-                ledger.write(step, batch.replaced)
                 advance(1, note=f"loss {loss_value:.3f}")
+            if reports:
+                replaced = int(over_processes(torch.tensor(num_replaced, device=device), "sum"))
             if is_main and reports:
                 numbers = {
                     "samples_seen": done.samples_seen,
@@ -131,7 +139,7 @@ def train(config: TrainConfig) -> Path:
                     "logit_scale": towers.logit_scale.exp().item(),
                     "gradient_norm": float(gradient_norm),
                     "pairs_per_second": pairs_since / (perf_counter() - since),
-                    "replaced": ledger.count,
+                    "replaced": replaced,
                     **routing.summary(),
                 }
                 log.write(step, numbers)

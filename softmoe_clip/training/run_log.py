@@ -18,7 +18,7 @@ class RunLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         cut_back(folder / "metrics.jsonl", first_step)
-        self.lines = open(folder / "metrics.jsonl", "a")
+        self.lines = (folder / "metrics.jsonl").open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -51,7 +51,7 @@ def cut_back(file: Path, last_step: int) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Return what reproduces a run beside its config: versions, machine, threads, and the git commit if there is one."""
+    """Return what reproduces a run beside its config: versions, machine, threads, and the git commit, if any."""
     import torch
 
     try:

@@ -1,0 +1,34 @@
+"""From a run's config to a model with fresh weights, its tokenizer and its transform."""
+
+from dataclasses import replace
+
+import torch
+
+from softmoe_clip.config import ModelConfig, TrainConfig
+from softmoe_clip.data_pipelines.tokenizers import Tokenizer, load_tokenizer, open_clip_tokenizer
+from softmoe_clip.models.create import create_model, folder_config, read_architecture
+from softmoe_clip.models.store import LoadedModel, transform_of
+from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
+
+
+def build(config: TrainConfig) -> LoadedModel:
+    """Create the model of a run; the same seed gives the same weights."""
+    context_length = read_architecture(config.model.arch)["text_cfg"].get("context_length", 77)
+    tokenizer = run_tokenizer(config.tokenizer, context_length)
+    model_config = with_loss_start(config.model, config.loss)
+    torch.manual_seed(config.seed)
+    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    return LoadedModel(model, tokenizer, transform_of(model), written)
+
+
+def run_tokenizer(name: str, context_length: int) -> Tokenizer:
+    """Return open_clip's BPE, or the tokenizer in a folder or file."""
+    return open_clip_tokenizer(context_length) if name == "open_clip" else load_tokenizer(name, context_length)
+
+
+def with_loss_start(model: ModelConfig, loss: str) -> ModelConfig:
+    """Fill in where the loss wants logit scale and bias to start, where the config leaves it open."""
+    scale = LOGIT_SCALE_START[loss] if model.init_logit_scale is None else model.init_logit_scale
+    bias = LOGIT_BIAS_START[loss] if model.init_logit_bias is None else model.init_logit_bias
+    return replace(model, init_logit_scale=scale, init_logit_bias=bias)
