@@ -23,7 +23,7 @@ def native_tower():
 
 
 def wrapped_tower():
-    return TimmModel("plain_vit_demo_patch8_64", embed_dim=192, image_size=64, proj="none")
+    return TimmModel("plain_vit_demo_patch8_64", embed_dim=64, image_size=64, proj="none")
 
 
 def mlps(tower):

@@ -162,20 +162,22 @@ def test_whole_towers_equal_the_reference(name):
 def test_towers_start_as_in_the_reference():
     torch.manual_seed(0)
     tower = timm.create_model("softmoe_vit_demo_patch8_64", num_classes=0)
+    d, f = SIZES["demo"].width, SIZES["demo"].hidden
     attention, mlp = tower.blocks[0].attn, tower.blocks[0].mlp
+    fan_in = tower.patch_embed.proj.weight[0].numel()
     spreads = {
         tower.pos_embed: 0.02,
-        tower.patch_embed.proj.weight: (1 / 192) ** 0.5,
-        attention.qkv.weight: (1 / 192) ** 0.5,  # xavier_uniform of (192, 192): variance 2 / (192 + 192)
-        attention.proj.weight: (1 / 192) ** 0.5,
-        mlp.fc1.weight: (2 / (192 + 768)) ** 0.5,
-        mlp.fc2.weight: (2 / (192 + 768)) ** 0.5,
+        tower.patch_embed.proj.weight: fan_in**-0.5,
+        attention.qkv.weight: d**-0.5,  # xavier_uniform of (d, d): variance 2 / (d + d)
+        attention.proj.weight: d**-0.5,
+        mlp.fc1.weight: (2 / (d + f)) ** 0.5,
+        mlp.fc2.weight: (2 / (d + f)) ** 0.5,
         mlp.fc1.bias: 1e-6,
-        tower.blocks[5].mlp.slot_embed: (192 * tower.blocks[5].mlp.slot_embed.shape[1]) ** -0.5,
+        tower.blocks[5].mlp.slot_embed: (d * tower.blocks[5].mlp.slot_embed.shape[1]) ** -0.5,
     }
     for parameter, std in spreads.items():
         assert parameter.std().item() == pytest.approx(std, rel=5 / parameter.numel() ** 0.5)
-    assert tower.patch_embed.proj.weight.abs().max() <= 2.0001 * (1 / 192) ** 0.5 / 0.8796
+    assert tower.patch_embed.proj.weight.abs().max() <= 2.0001 * fan_in**-0.5 / 0.8796
     assert not any((attention.qkv.bias.any(), attention.proj.bias.any(), tower.patch_embed.proj.bias.any()))
     assert not any("q_norm.bias" in name or "k_norm.bias" in name for name in tower.state_dict())
 
@@ -190,4 +192,4 @@ def test_timm_optimizers_leave_slots_scales_and_positions_undecayed():
 def test_a_tower_takes_another_resolution_with_the_same_slots():
     tower = timm.create_model("softmoe_vit_demo_patch8_64", num_classes=0)
     tower.set_input_size(96)
-    assert tower(torch.randn(1, 3, 96, 96)).shape == (1, 192)
+    assert tower(torch.randn(1, 3, 96, 96)).shape == (1, SIZES["demo"].width)

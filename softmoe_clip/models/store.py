@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_mod
 
 
 class LoadedModel(NamedTuple):
-    """A model, strings to ids, PIL to float (3, r, r), and the config of its folder (None for a model of open_clip's)."""
+    """A model, strings to ids, PIL to float (3, r, r), the config of its folder (None for a model of open_clip's)."""
 
     model: nn.Module
     tokenizer: Any
@@ -174,7 +175,8 @@ def save(loaded: LoadedModel, folder: str | Path) -> None:
         try:
             save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {folder}: {error}") from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
         if hasattr(loaded.tokenizer, "save"):
             loaded.tokenizer.save(partial)
 
@@ -208,8 +210,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         restore_previous(folder)
-        if isinstance(error, OSError) and (error.errno in NO_SPACE or "StorageFull" in str(error)):
-            raise OSError(f"no space left while writing {folder}: free some space or choose another folder") from error
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise OSError(
+                error.errno, f"no space left while writing {folder}: free some space or choose another folder"
+            ) from error
         raise
 
 
