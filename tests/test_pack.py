@@ -156,6 +156,12 @@ def test_plain_pictures_keep_their_bytes(format, mode):
     assert (picture.extension, picture.width, picture.height) == ({"JPEG": "jpg"}.get(format, format.lower()), 16, 12)
 
 
+def with_white(image, place):
+    image = image.copy()
+    image.putpixel(place, (255, 255, 255))
+    return image
+
+
 def test_other_pictures_are_encoded_anew_upright_in_rgb_over_white():
     image = noise()
     rgba = image.convert("RGBA")
@@ -167,6 +173,7 @@ def test_other_pictures_are_encoded_anew_upright_in_rgb_over_white():
         "turned jpeg": (encoded(image, "JPEG", exif=exif(3)), jpeg.transpose(Image.Transpose.ROTATE_180), 40),
         "palette": (encoded(image.convert("P")), image.convert("P").convert("RGB"), 0),
         "transparent": (encoded(rgba), Image.new("RGB", (16, 12), "white"), 0),
+        "one transparent colour": (encoded(image, transparency=image.getpixel((3, 4))), with_white(image, (3, 4)), 0),
         "16 bits": (encoded(grey16), Image.fromarray(np.linspace(0, 255, 192).reshape(12, 16).astype(np.uint8)), 1),
         "CMYK": (encoded(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG"), Image.new("RGB", (9, 9), "red"), 3),
         "BMP": (encoded(image, "BMP"), image, 0),

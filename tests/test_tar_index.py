@@ -68,6 +68,14 @@ def test_long_names_fall_back_to_tarfile(tmp_path, format):
     assert read_all(shards) == as_samples(some_members(2, seed=1)) + as_samples(members)
 
 
+def test_a_name_in_two_parts_is_put_together(tmp_path):
+    members = [
+        ("folder/" * 20 + name, data) for name, data in some_members(3)
+    ]  # beyond 100 bytes: ustar's prefix field
+    write_tar(tmp_path / "0.tar", members)
+    assert read_all(ShardSet.open(tmp_path.as_posix())) == as_samples(members)
+
+
 def test_folders_links_hidden_and_nameless_members_are_no_samples(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, kind in (("d.x", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
