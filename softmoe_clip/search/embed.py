@@ -40,7 +40,7 @@ def embed(
     """
     if rows_per_file < 1:
         raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
-    shards = ShardSet.open(shards_pattern)
+    shards = ShardSet.open(str(shards_pattern) if isinstance(shards_pattern, Path) else shards_pattern)
     with new_folder(Path(out)) as folder:
         for kind in KINDS:
             (folder / kind).mkdir()
