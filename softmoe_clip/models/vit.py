@@ -126,7 +126,7 @@ def register(variant: str, tower: Tower, image_size: int, soft: bool) -> None:
         return build(variant, tower, image_size, soft, pretrained, **overrides)
 
     entry.__name__ = entry.__qualname__ = variant
-    register_model(entry)
+    globals()[variant] = register_model(entry)  # timm lists it in __all__ of this module
 
 
 NAMES = {
