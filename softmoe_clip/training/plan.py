@@ -1,0 +1,96 @@
+"""What a run would cost, before it starts: parameters, memory and time, the last two from a few real steps."""
+
+import statistics
+import sys
+from time import perf_counter
+
+import torch
+
+from softmoe_clip.config import TrainConfig
+from softmoe_clip.data_pipelines.loader import train_batches
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.transforms import Augment, normalise
+from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
+from softmoe_clip.training.build import build
+from softmoe_clip.training.losses import LOSSES
+from softmoe_clip.training.optim import adamw
+
+WARM_STEPS, TIMED_STEPS = 1, 3
+
+
+def print_plan(config: TrainConfig) -> None:
+    """Print a table of what the run would take on this machine, in one process; nothing is written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards = ShardSet.open(config.data.train)
+    loaded = build(config)
+    model = loaded.model
+    image = image_complexity(model.visual, loaded.image_size)
+    text = text_complexity(model.text, loaded.tokenizer.context_length)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds, memory = timed_steps(config, loaded, shards, device)
+    pairs = config.last_step * config.batch_size
+
+    table = Table("plan", "")
+    table.columns[1].justify = "right"
+    table.add_row("image tower, parameters", f"{image.num_parameters:,}")
+    table.add_row("text tower, parameters", f"{text.num_parameters:,}")
+    table.add_row("all, trained", f"{num_parameters(model):,}, {trained:,}")
+    table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
+    table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
+    table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
+    table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
+    table.add_row("steps x batch", f"{config.last_step:,} x {config.batch_size:,}")
+    table.add_row("pairs per second", f"{config.batch_size / seconds:,.0f}")
+    table.add_row("expected time", duration(seconds * config.last_step))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def timed_steps(config: TrainConfig, loaded, shards: ShardSet, device: torch.device) -> tuple[float, int]:
+    """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
+    model, preprocess = loaded.model.to(device).train(), loaded.preprocess_cfg
+    optimizer = adamw(model, config.optim)
+    batches = train_batches(
+        shards,
+        loaded.tokenizer,
+        image_size=loaded.image_size,
+        augment=Augment(crop_scale=config.data.crop_scale, flip=config.data.flip),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_batches=WARM_STEPS + TIMED_STEPS,
+        num_workers=config.data.num_workers,
+    )
+    times = []
+    begin = perf_counter()
+    for batch in batches:
+        images = normalise(batch.images.to(device), preprocess["mean"], preprocess["std"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32"):
+            out = model(images, batch.token_ids.to(device))
+        features = out["image_features"].float(), out["text_features"].float()
+        LOSSES[config.loss](*features, out["logit_scale"], out.get("logit_bias")).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter() - begin)
+        begin = perf_counter()
+    return statistics.median(times[WARM_STEPS:]), peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory held so far: of the GPU, or of this process, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
