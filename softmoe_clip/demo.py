@@ -135,7 +135,7 @@ def held_out_shards(out: Path) -> Path:
 
 
 def demo_suite(data: str | None, out: Path) -> SuiteConfig:
-    """Return what is measured: zero-shot, retrieval and relations on scenes, retrieval on pictures of the user's own."""
+    """Return what is measured: zero-shot, retrieval and relations on scenes, retrieval on one's own pictures."""
     if data is None:
         return load_suite(find_config("configs/suites/scenes.yaml"), [f"root={out / 'shards'}"])
     name = (Path(data).parent if Path(data).is_file() else Path(data)).resolve().name
