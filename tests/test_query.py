@@ -8,7 +8,7 @@ from colour_model import COLOURS, ColourModel, colour_encoder, picture, tokenize
 
 from softmoe_clip.search.embed import embed
 from softmoe_clip.search.index import index
-from softmoe_clip.search.query import hits_json, open_index, search, thumbnails
+from softmoe_clip.search.query import hits_json, open_index, print_hits, search, thumbnails
 
 LOADED = SimpleNamespace(model=ColourModel(), tokenizer=tokenizer, transform=transform, config=None)
 
@@ -61,6 +61,14 @@ def test_json_holds_the_fields_of_a_hit(folder):
         "row": 0,
         "shard": "00000.tar",
     }
+
+
+def test_printed_hits_are_one_line_each(folder, capsys):
+    hits = search(folder, "green", k=2, loaded=LOADED)
+    print_hits(hits)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].split(maxsplit=2)[1:] == ["00000.tar:000000001", "a green square"]
 
 
 @pytest.mark.parametrize(

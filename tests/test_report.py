@@ -133,6 +133,15 @@ def test_a_model_without_run_results_or_shards_has_a_report_too(tmp_path):
         write_report(None, COLOUR_MODEL)
 
 
+def test_a_deep_tower_shows_some_layers_and_says_so(tmp_path):
+    shards = write_colours(tmp_path / "shards")
+    text = write_report(None, soft_moe_model(num_blocks=16), shards, {}, tmp_path / "a.html").read_text(
+        encoding="utf-8"
+    )
+    assert "Shown are 6 of 8 layers" in text
+    assert [f"Block {i}<" in text for i in (8, 15)] == [True, True]
+
+
 def test_captions_are_shown_as_text_never_as_markup(tmp_path):
     with ShardWriter(tmp_path / "shards") as writer:
         writer.add(picture("red"), "png", ['<script>alert("1")</script> & <img src=http://x.y> red'])

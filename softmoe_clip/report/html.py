@@ -43,6 +43,9 @@ def write_report(
         page["found"] = sections.search_section(pool, shards)
         page["described"] = sections.captions_section(pool, shards)
         page["layers"] = sections.routing_section(loaded, routed_pictures(pool, shards))
+        num_layers = len(soft_layers(loaded.model.visual))
+        if len(page["layers"]) < num_layers:
+            page["layers_left_out"] = f"Shown are {len(page['layers'])} of {num_layers} layers, evenly spread."
     page["made"] = made(record, numbers)
     page["sections"] = [place for name, place in SECTIONS.items() if page.get(name)] + [("made", "How it was made")]
     return write_whole(out_file(out, run), render(page))

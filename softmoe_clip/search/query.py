@@ -152,14 +152,11 @@ def hits_json(hits: Sequence[Hit]) -> str:
 
 
 def print_hits(hits: Sequence[Hit], as_json: bool = False) -> None:
-    """Print hits as a table (score, key, caption), or as JSON."""
+    """Print one line per hit (score, shard:key, caption), or JSON."""
     if as_json:
         print(hits_json(hits))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("score", "key", "caption", box=None, header_style="dim", pad_edge=False)
-    for hit in hits:
-        table.add_row(f"{hit.score:.3f}", f"{hit.shard}:{hit.key}", hit.caption)
-    Console(highlight=False, markup=False).print(table)
+    places = [f"{hit.shard}:{hit.key}" if hit.shard else hit.key for hit in hits]
+    width = max(map(len, places), default=0)
+    for hit, place in zip(hits, places, strict=True):
+        print(f"{hit.score:6.3f}  {place:{width}}  {' '.join(hit.caption.split())}")
