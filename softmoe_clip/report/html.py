@@ -29,7 +29,7 @@ def write_report(
 ) -> Path:
     """Write `report.html` and return its path.
 
-    `run` is a run folder, a model folder, or None; whatever it does not hold is left out of the page. `results` are
+    `loaded` is a LoadedModel or an Encoder. `run` is a run folder, a model folder, or None; whatever it does not hold is left out of the page. `results` are
     Results or their JSON as a dict (None: all of RUN/eval/*.json). OUT is a file, or a folder (default: `run`).
     """
     record, numbers = read_run(run), read_numbers(results, run)
@@ -139,9 +139,11 @@ def made(record: RunRecord, numbers: Numbers) -> list[tuple[str, str]]:
 
 
 def encoder_of(loaded):
-    """An Encoder on the device the model is on."""
+    """An Encoder on the device the model is on; what is an Encoder already stays as it is."""
     from softmoe_clip.eval.encoder import Encoder
 
+    if isinstance(loaded, Encoder):
+        return loaded
     device = next(loaded.model.parameters()).device
     return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device=device)
 
