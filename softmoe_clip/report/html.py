@@ -29,8 +29,9 @@ def write_report(
 ) -> Path:
     """Write `report.html` and return its path.
 
-    `loaded` is a LoadedModel or an Encoder. `run` is a run folder, a model folder, or None; whatever it does not hold is left out of the page. `results` are
-    Results or their JSON as a dict (None: all of RUN/eval/*.json). OUT is a file, or a folder (default: `run`).
+    `run` is a run folder, a model folder, or None; whatever it does not hold is left out of the page. `loaded` is a
+    LoadedModel or an Encoder, `results` are Results or their JSON as a dict (None: all of RUN/eval/*.json). OUT is a
+    file, or a folder (default: `run`).
     """
     record, numbers = read_run(run), read_numbers(results, run)
     shards = open_shards(shards_for_examples) if shards_for_examples else None
