@@ -82,7 +82,7 @@ def training_note(record: RunRecord, losses: Sequence[float], val_losses: Sequen
 
 def series(lines: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
     """The steps and values of one quantity, where it was logged and finite."""
-    points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    points = [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
     points = [(step, value) for step, value in points if math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
 
