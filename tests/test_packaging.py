@@ -127,6 +127,12 @@ def sdist(checkout, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The bin folder of an environment with the wheel in it."""
+    return install(wheel, tmp_path_factory.mktemp("installed") / "environment")
+
+
+@pytest.fixture(scope="module")
 def hostile_folder(tmp_path_factory):
     """A working folder with modules of our names, each of which stops whoever imports it."""
     folder = tmp_path_factory.mktemp("hostile")
@@ -163,27 +169,25 @@ def test_the_sdist_holds_no_links_and_gives_the_same_wheel(wheel, sdist, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_works_from_a_folder_with_modules_of_our_names(wheel, hostile_folder, tmp_path):
-    binaries = install(wheel, tmp_path / "environment")
+def test_an_installed_wheel_works_from_a_folder_with_modules_of_our_names(installed, hostile_folder):
     for command in (["softmoe-clip"], ["python", "-m", "softmoe_clip"]):
-        shown = run([binaries / command[0], *command[1:], "--help"], hostile_folder)
+        shown = run([installed / command[0], *command[1:], "--help"], hostile_folder)
         assert (shown.returncode, shown.stderr) == (0, "")
-        printed = run([binaries / command[0], *command[1:], "config", "configs/demo.yaml", "steps=7"], hostile_folder)
+        printed = run([installed / command[0], *command[1:], "config", "configs/demo.yaml", "steps=7"], hostile_folder)
         assert (printed.returncode, printed.stderr) == (0, "")
         assert "steps: 7\n" in printed.stdout
 
-    places = run([binaries / "python", "-c", PRINT_PLACES], hostile_folder)
+    places = run([installed / "python", "-c", PRINT_PLACES], hostile_folder)
     assert places.stderr == ""
     for place in map(Path, places.stdout.splitlines()):
-        assert place.is_relative_to(tmp_path)
+        assert place.is_relative_to(installed.parent)
         assert place.exists()
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_makes_its_models_known_to_open_clip(wheel, hostile_folder, tmp_path):
-    binaries = install(wheel, tmp_path / "environment")
+def test_an_installed_wheel_makes_its_models_known_to_open_clip(installed, hostile_folder):
     code = "import softmoe_clip.plugin, open_clip; print('SoftMoE-demo' in open_clip.list_models())"
-    asked = subprocess.run([binaries / "python", "-c", code], cwd=hostile_folder, capture_output=True, text=True)
+    asked = subprocess.run([installed / "python", "-c", code], cwd=hostile_folder, capture_output=True, text=True)
     assert asked.stdout == "True\n", asked.stderr
 
 
