@@ -52,7 +52,7 @@ def commands(markdown: str) -> list[Block]:
 def tree_paths(markdown: str) -> list[str]:
     """Return the paths of the block that draws the tree: those that start a line, indented below their folder.
 
-    Further entries may follow on the line (`cli.py config.py`); other words are the description.
+    Further entries may follow on the line (`cli.py config.py`; behind a folder: what lies in it); other words describe.
     """
     trees = [
         block.text for block in fenced_blocks(markdown) if re.search(r"^\W*data_pipelines/", block.text, re.MULTILINE)
@@ -66,10 +66,11 @@ def tree_paths(markdown: str) -> list[str]:
         indent = len(drawn) - len(drawn.lstrip())
         parents = [(depth, folder) for depth, folder in parents if depth < indent]
         above = parents[-1][1] if parents else ""
-        entries = [names[0], *further_entries(names[1:])]
-        paths += [above + entry for entry in entries]
-        if entries[0].endswith("/"):
-            parents.append((indent, above + entries[0]))
+        paths.append(above + names[0])
+        if names[0].endswith("/"):
+            above += names[0]
+            parents.append((indent, above))
+        paths += [above + entry for entry in further_entries(names[1:])]
     return paths
 
 
