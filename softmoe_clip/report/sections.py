@@ -211,6 +211,6 @@ def spread(items: list, count: int) -> list:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-def thousand(number: float) -> str:
+def thousand(number: int | float) -> str:
     """12345 as 12,345."""
     return f"{number:,.0f}"
