@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ MAX_TRAINING_CHARACTERS = 1000
 CHARACTERS_PER_ID = 32
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a tower needs of its tokenizer: int64 (b, l) for b captions, padded with `pad_id`, end token kept."""
 
