@@ -11,7 +11,7 @@ from softmoe_clip.data_pipelines.config import DataConfig
 CONTRASTIVE_DECAY = {
     r"router_scale|slot_embed|logit_scale|logit_bias": 0.0,
     r"bias|\.b_in$|\.b_out$": 0.0,
-    r"norm|ln_|pos_embed|positional_embedding|token_embedding|cls_token|class_embedding|latent|probe": 0.0,
+    r"(?i)norm|ln_|pos_embed|position|(token|word|class)_embedding|cls_token|latent|probe|gamma": 0.0,
     r".*": 0.1,
 }
 
@@ -106,6 +106,8 @@ class TrainConfig:
             )
         if self.last_step < 1:
             raise ValueError(f"the budget holds no step: samples={self.samples} with batch_size={self.batch_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
 

@@ -1,0 +1,136 @@
+"""Learning rates against the reference's schedules, and which parameters decay."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from softmoe_clip.config import CONTRASTIVE_DECAY, ModelConfig, OptimConfig
+from softmoe_clip.models.create import create_model
+from softmoe_clip.training.optim import adamw, decay_of, schedule
+
+GOLDEN = np.load(Path(__file__).parent / "golden/lr_schedules.npz")
+REFERENCE = {
+    "jft": (OptimConfig(lr=1e-3, schedule="rsqrt", warmup=10_000, cooldown=50_000, timescale=10_000), 4_000_000),
+    "laion": (OptimConfig(lr=1e-3, schedule="rsqrt", warmup=20_000, cooldown=20_000, timescale=10_000), 750_000),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_rsqrt_with_warmup_and_cooldown_is_the_references_schedule(name):
+    learning_rate = schedule(*REFERENCE[name])
+    found = [learning_rate(step) for step in GOLDEN[f"{name}_steps"].tolist()]
+    np.testing.assert_allclose(found, GOLDEN[f"{name}_lr"], rtol=1e-10, atol=1e-18)
+
+
+def test_a_constant_rate_cools_down_on_a_line_as_the_references_linear_schedule_does():
+    learning_rate = schedule(OptimConfig(lr=8e-4, schedule="constant", warmup=100, cooldown=900), 1000)
+    found = [learning_rate(step) for step in GOLDEN["linear_steps"].tolist()]
+    np.testing.assert_allclose(found, GOLDEN["linear_lr"], rtol=1e-10, atol=1e-18)
+
+
+def test_cosine_rises_on_a_line_and_falls_to_zero():
+    learning_rate = schedule(OptimConfig(lr=2.0, schedule="cosine", warmup=10), 110)
+    assert [learning_rate(step) for step in (0, 5, 10)] == [0, 1, 2]
+    assert learning_rate(60) == pytest.approx(1)
+    assert learning_rate(110) == pytest.approx(0, abs=1e-12)
+    falling = [learning_rate(step) for step in range(10, 111)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_without_warmup_the_first_step_learns_at_the_full_rate():
+    for name in ("cosine", "rsqrt", "constant"):
+        assert schedule(OptimConfig(lr=0.5, schedule=name, warmup=0), 10)(0) == 0.5
+
+
+def test_warmup_and_cooldown_must_fit_into_the_run():
+    schedule(OptimConfig(schedule="rsqrt", warmup=60, cooldown=40), 100)
+    with pytest.raises(ValueError, match=r"optim\.warmup 60 and optim\.cooldown 41 do not fit into 100 steps"):
+        schedule(OptimConfig(schedule="rsqrt", warmup=60, cooldown=41), 100)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return create_model(ModelConfig("SoftMoE-demo", init_logit_scale=2.3, init_logit_bias=-10.0), 300, 12)
+
+
+def test_exactly_the_matrices_decay(demo):
+    decays = {name: decay_of(name, CONTRASTIVE_DECAY) for name, _ in demo.named_parameters()}
+    assert set(decays.values()) == {0.0, 0.1}
+    for name, parameter in demo.named_parameters():
+        # Expert biases (e, f) and slot embeddings (d, e, s) have more dimensions than one, but are no matrices.
+        is_matrix = name.endswith((".weight", ".w_in", ".w_out", "text_projection", "in_proj_weight"))
+        is_matrix &= parameter.ndim > 1 and "token_embedding" not in name
+        assert decays[name] == (0.1 if is_matrix else 0.0), name
+
+
+def test_the_names_that_must_not_decay_are_there(demo):
+    names = [name for name, _ in demo.named_parameters() if decay_of(name, CONTRASTIVE_DECAY) == 0]
+    for part in (
+        "slot_embed",
+        "router_scale",
+        "logit_scale",
+        "logit_bias",
+        "experts.b_in",
+        "experts.b_out",
+        "norm1.weight",
+        "q_norm.weight",
+        "pos_embed",
+        "positional_embedding",
+        "token_embedding.weight",
+        "ln_final.weight",
+        "attn.qkv.bias",
+        "text_projection.bias",
+    ):
+        assert any(name.endswith(part) for name in names), part
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.trunk.blocks.0.ls1.gamma",
+        "visual.trunk.cls_token",
+        "visual.class_embedding",
+        "visual.ln_pre.weight",
+        "visual.trunk.attn_pool.latent",
+        "visual.trunk.attn_pool.probe",
+        "text.transformer.embeddings.LayerNorm.weight",
+        "text.transformer.embeddings.position_embeddings.weight",
+        "text.transformer.embeddings.word_embeddings.weight",
+    ],
+)
+def test_what_other_towers_call_norms_positions_and_embeddings_does_not_decay(name):
+    assert decay_of(name, CONTRASTIVE_DECAY) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["visual.proj", "visual.conv1.weight", "text.transformer.encoder.layer.0.output.dense.weight"]
+)
+def test_what_other_towers_call_matrices_decays(name):
+    assert decay_of(name, CONTRASTIVE_DECAY) == 0.1
+
+
+def test_the_first_matching_rule_wins_and_no_rule_means_no_decay():
+    rules = {"bias": 0.0, "head": 0.3, ".*weight": 0.1}
+    assert [decay_of(name, rules) for name in ("head.bias", "head.weight", "weight", "x")] == [0.0, 0.3, 0.1, 0.0]
+
+
+def test_the_optimizer_holds_each_trained_parameter_once_in_the_group_of_its_decay():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    config = OptimConfig(lr=0.25, beta1=0.8, beta2=0.9, eps=1e-5, weight_decay={r"\.bias$|^1": 0.0, ".*": 0.1})
+    optimizer = adamw(model, config)
+    groups = {group["weight_decay"]: [p.shape for p in group["params"]] for group in optimizer.param_groups}
+    assert groups == {0.1: [(2, 3)], 0.0: [(2,), (2,), (2,)]}
+    assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-5 for group in optimizer.param_groups)
+
+
+def test_decay_is_multiplied_by_the_rate():
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    optimizer = adamw(model, OptimConfig(lr=0.5, weight_decay={".*": 0.1}))
+    model.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(before * (1 - 0.5 * 0.1))
