@@ -17,4 +17,5 @@ def tune_cpu_memory() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "softmoe_clip", *sys.argv[1:]], {**CPU_MEMORY, **os.environ})
+    # As it was called: `-m` instead would let a random.py in the user's folder pass for the standard library's.
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**CPU_MEMORY, **os.environ})

@@ -66,8 +66,18 @@ def load_encoder(model: str | Path, device: str = "auto", precision: str = "floa
     from softmoe_clip.eval.encoder import Encoder
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(device)
     loaded = load(model, device)
     return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine or this build of torch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}): try cpu, cuda or auto") from None
 
 
 def load_folder(folder: Path) -> LoadedModel:
@@ -162,23 +172,28 @@ def save(loaded: LoadedModel, folder: str | Path) -> None:
 
     Raises ValueError for a folder that holds something else, OSError for a full disk; either way nothing changes.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if loaded.config is None:
         raise ValueError(
             f"a foreign model has no config to write into {folder}: save one that `create_model` or a folder gave"
         )
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.model.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in loaded.model.state_dict().items()}
     with replaced_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
-        try:
-            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error)) from error
+        write_tensors(weights, partial / WEIGHTS_FILE)
         if hasattr(loaded.tokenizer, "save"):
             loaded.tokenizer.save(partial)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file; a full disk is an OSError here, too."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.models.store import write_tensors
 
 
 class Progress(NamedTuple):
@@ -32,14 +35,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int) -> Path:
-    """Write `folder/step_00001000` under a temporary name, sync and rename it; keep the newest `keep_last`."""
+    """Write `folder/step_00001000` under a temporary name, sync and rename it; keep the newest `keep_last`.
+
+    Raises OSError for a full disk; the older checkpoints stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir()
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
-        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        write_tensors(model.state_dict(), temporary / "model.safetensors")
+        write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
@@ -47,55 +53,62 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progres
             shutil.rmtree(final)
         temporary.rename(final)
         sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise OSError(
+                f"no space left while writing {final}: free some and start the same command again to go on"
+            ) from error
         raise
-    prune(folder, keep_last)
+    prune(folder, final, keep_last)
     return final
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints, and what a killed process left half-written."""
-    for old in sorted(folder.glob("step_*"))[:-keep_last]:
+def prune(folder: Path, newest: Path, keep_last: int) -> None:
+    """Keep the last checkpoints up to `newest`; what comes after it is damaged, or half-written by a killed process."""
+    whole = sorted(path for path in folder.glob("step_*") if path.name <= newest.name)
+    for old in {*folder.glob("step_*")} - {*whole[-keep_last:]}:
         shutil.rmtree(old)
     for half in folder.glob(".step_*"):
         shutil.rmtree(half, ignore_errors=True)
 
 
 def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
-    """Load the newest whole checkpoint into model and optimizer; a damaged one is named to `warn` and passed over."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    """Load the newest whole checkpoint into model and optimizer; a damaged one is named to `warn` and passed over.
+
+    Raises ValueError when all are damaged, or belong to another model.
+    """
+    paths = sorted(folder.glob("step_*"), reverse=True)
+    for path in paths:
         try:
-            return load_checkpoint(path, model, optimizer)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            warn(f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); using the one before it")
+            weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+            progress = Progress(**json.loads((path / "progress.json").read_text()))
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
+            continue
+        fill(model, optimizer, weights, moments, path)
+        return progress
+    if paths:
+        raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to begin the run anew")
     return Progress(step=0, samples_seen=0)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer) -> Progress:
-    """Load one checkpoint; nothing is changed unless all of its files can be read."""
-    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    progress = Progress(**json.loads((path / "progress.json").read_text()))
-    model.load_state_dict(weights)
+def fill(model: nn.Module, optimizer, weights: dict, moments: dict, path: Path) -> None:
+    """Put a checkpoint's tensors into model and optimizer; refuse those of another model."""
     parameters = dict(model.named_parameters())
+    strangers = {key.rsplit("|", 1)[0] for key in moments} - parameters.keys()
+    try:
+        if strangers:
+            raise RuntimeError(f"no parameter is called {min(strangers)}")
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
+            "give another folder as out"
+        ) from None
     optimizer.state.clear()
     for key, value in moments.items():
         name, entry = key.rsplit("|", 1)
         parameter = parameters[name]
         # AdamW's step counter stays where the optimizer made it: on the CPU, unless the optimizer is fused on a GPU.
         optimizer.state[parameter][entry] = value.to(parameter.device)
-    return progress
-
-
-def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint by name, 0 where there is none."""
-    return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)

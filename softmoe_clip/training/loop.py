@@ -22,9 +22,9 @@ from softmoe_clip.training.build import build
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
 from softmoe_clip.training.losses import LOSSES
-from softmoe_clip.training.measure import measure
+from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
-from softmoe_clip.training.run_folder import begin, is_finished, say
+from softmoe_clip.training.run_folder import begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
@@ -41,24 +41,25 @@ def train(config: TrainConfig) -> Path:
     """
     run = Path(config.out)
     if is_finished(run, config):
-        say(f"{run} is finished ({config.last_step} steps); nothing to do. Its model is {run / 'model'}.")
+        say(f"{run} is finished ({newest_step(run)} steps); nothing to do. Its model is {run / 'model'}.")
         return run
 
     accelerator = make_accelerator(config.precision)
     device, is_main = accelerator.device, accelerator.is_main_process
     shards = ShardSet.open(config.data.train)
-    if is_main:
-        begin(run, config, shards)
-    accelerator.wait_for_everyone()
-
+    check_measured(config)
+    check_batch_size(config.batch_size, accelerator.num_processes)
+    learning_rate = schedule(config.optim, config.last_step)
     loaded = build(config)
     towers = loaded.model.to(device)
     optimizer = adamw(towers, config.optim)
+    if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
+        begin(run, config, shards)
+    accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
     model, optimizer = accelerator.prepare(towers, optimizer)
-    learning_rate = schedule(config.optim, config.last_step)
     loss_function = LOSSES[config.loss]
-    log = RunLog(run, done.step) if is_main else None
+    log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0
     if is_main:
         cut_back_ledger(ledger, done.step)
@@ -70,8 +71,8 @@ def train(config: TrainConfig) -> Path:
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
         if is_main:
+            save(loaded, run / "model")  # before the checkpoint: a finished run, told by its last one, has its model
             save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
-            save(loaded, run / "model")
         accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
@@ -92,7 +93,7 @@ def train(config: TrainConfig) -> Path:
         shuffle_captions=config.data.shuffle_captions,
     )
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
-    with stop_signals() as stop, bar as advance:
+    with log, stop_signals() as stop, bar as advance:
         model.train()
         since, pairs_since = perf_counter(), 0
         for batch in batches:
@@ -109,12 +110,11 @@ def train(config: TrainConfig) -> Path:
                 out["image_features"].float(), out["text_features"].float(), out["logit_scale"], out.get("logit_bias")
             )
             loss_value = over_processes(loss, "mean").item()
-            if not math.isfinite(loss_value):
-                raise ValueError(
-                    f"loss is {loss_value} at step {step}, sample keys {' '.join(batch.keys)}: lower optim.lr"
-                )
+            check_finite("loss", loss_value, step, batch.keys)
             accelerator.backward(loss)
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+            if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
+                check_finite("gradient norm", float(gradient_norm), step, batch.keys)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if config.loss == "clip":
@@ -148,7 +148,8 @@ def train(config: TrainConfig) -> Path:
                 if is_main:
                     numbers = measure(loaded, config, run, step, device)
                     log.write(step, numbers)
-                    say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k in HEADLINES))
+                    if "val/loss" in numbers:
+                        say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
                 accelerator.wait_for_everyone()
                 model.train()
                 since, pairs_since = perf_counter(), 0
@@ -157,17 +158,25 @@ def train(config: TrainConfig) -> Path:
             if stopping and not is_last:
                 raise Stopped(f"stopped after step {step} of {config.last_step}; start the same command again to go on")
     if is_main:
-        log.close()
         say(f"trained {config.last_step} steps; the model is {run / 'model'}")
     return run
-
-
-HEADLINES = ("val/loss",)
 
 
 def every(interval: int, step: int, last_step: int) -> bool:
     """Return True each `interval` steps and on the last one; an interval of 0 means only the last."""
     return step == last_step or (interval > 0 and step % interval == 0)
+
+
+def check_batch_size(batch_size: int, num_processes: int) -> None:
+    """Refuse a global batch that the processes cannot share equally."""
+    if batch_size % num_processes:
+        raise ValueError(f"batch_size {batch_size} is global and must divide by the {num_processes} processes")
+
+
+def check_finite(what: str, value: float, step: int, keys: list[str]) -> None:
+    """Stop before weights that are no numbers reach a checkpoint."""
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value} at step {step}, sample keys {' '.join(keys)}: lower optim.lr")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.eval.class_folders import open_data
 from softmoe_clip.eval.encoder import Encoder
 from softmoe_clip.eval.suites import load_suite, run_suite
 from softmoe_clip.models.store import LoadedModel
@@ -24,6 +25,16 @@ def measure(loaded: LoadedModel, config: TrainConfig, run: Path, step: int, devi
         results.save(run / "eval" / f"step_{step:08d}.json")
         numbers |= {f"eval/{name}": value for name, value in results.metrics.items()}
     return numbers
+
+
+def check_measured(config: TrainConfig) -> None:
+    """Refuse held-out pairs or a suite that cannot be opened now, not hours later when they are first needed."""
+    if config.data.val is not None:
+        ShardSet.open(config.data.val)
+    if config.eval.suite is not None:
+        suite = load_suite(find_config(config.eval.suite))
+        for task in suite.tasks:
+            open_data(suite.place(task.data))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from softmoe_clip.data_pipelines.transforms import Augment, normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build
 from softmoe_clip.training.losses import LOSSES
-from softmoe_clip.training.optim import adamw
+from softmoe_clip.training.optim import adamw, schedule
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 
@@ -25,6 +25,7 @@ def print_plan(config: TrainConfig) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = ShardSet.open(config.data.train)
+    schedule(config.optim, config.last_step)  # refuses here what training would refuse
     loaded = build(config)
     model = loaded.model
     image = image_complexity(model.visual, loaded.image_size)

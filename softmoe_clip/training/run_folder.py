@@ -8,7 +8,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
-from softmoe_clip.training.checkpoint import newest_step
 from softmoe_clip.training.run_log import environment
 
 
@@ -24,18 +23,22 @@ def as_tree(config: TrainConfig) -> dict:
 
 def begin(run: Path, config: TrainConfig, shards) -> None:
     """Write config.yaml and what else reproduces the run, or check that the run there is this one."""
-    saved = run / "config.yaml"
-    if saved.exists():
+    saved, temporary = run / "config.yaml", run / "config.yaml.tmp"
+    # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
+    before_config = {"versions.json", temporary.name}
+    goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
+    if goes_on:
         refuse_another_run(run, config, shards.fingerprint())
-    elif run.exists() and any(run.iterdir()):
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file: give a folder as out")
+    if run.exists() and not saved.exists() and any(path.name not in before_config for path in run.iterdir()):
         raise ValueError(f"{run} holds files but no run (no config.yaml): give another folder as out")
     run.mkdir(parents=True, exist_ok=True)
     facts = environment() | {"data": shards.fingerprint(), "pairs": len(shards)}
-    if not saved.exists():
+    if not goes_on:
         (run / "versions.json").write_text(json.dumps(facts, indent=2) + "\n")
     elif (before := json.loads((run / "versions.json").read_text()))["threads"] != facts["threads"]:
         say(f"this run began with {before['threads']} threads, now {facts['threads']}: the last bits will differ")
-    temporary = run / "config.yaml.tmp"
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
     temporary.rename(saved)
 
@@ -58,8 +61,14 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str) -> None
 
 
 def is_finished(run: Path, config: TrainConfig) -> bool:
-    """Return whether the run in this folder has reached its last step and written its model."""
-    if newest_step(run / "checkpoints") < config.last_step or not (run / "model").exists():
+    """Return whether the run in this folder has reached its last step; its model is written before its checkpoint."""
+    if newest_step(run) < config.last_step or not (run / "model").exists():
         return False
     refuse_another_run(run, config, json.loads((run / "versions.json").read_text())["data"])
     return True
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint by name, 0 where there is none."""
+    names = (path.name for path in (run / "checkpoints").glob("step_*"))
+    return max((int(name.removeprefix("step_")) for name in names), default=0)

@@ -11,7 +11,7 @@ REPORTED_PACKAGES = ("softmoe-clip", "torch", "torchvision", "open-clip-torch", 
 
 
 class RunLog:
-    """Append one line of numbers at a time to metrics.jsonl and TensorBoard; only the main process has one."""
+    """Append one line of numbers at a time to metrics.jsonl and TensorBoard, in a `with`; the main process has one."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -28,7 +28,10 @@ class RunLog:
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
         self.lines.close()
         self.board.close()
 

@@ -1,0 +1,177 @@
+"""Checkpoints: the same bits back, damage named and passed over, nothing half-written, the newest kept."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from softmoe_clip.config import OptimConfig
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.optim import adamw
+
+CONFIG = OptimConfig(lr=0.01)
+
+
+def a_model(seed=0, width=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(width, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    return model, adamw(model, CONFIG)
+
+
+def learn(model, optimizer, steps, seed=0):
+    for step in range(steps):
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed + step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def moments(model, optimizer):
+    return {(n, k): v.clone() for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def saved(folder, *steps, keep_last=10):
+    """Write checkpoints after these steps; return what the model held at each of them."""
+    model, optimizer = a_model()
+    states = {}
+    for step in steps:
+        learn(model, optimizer, 1, seed=step)
+        save_checkpoint(folder, model, optimizer, Progress(step, step * 8), keep_last)
+        states[step] = weights(model)
+    return states
+
+
+def refuse_warnings(text):
+    raise AssertionError(text)
+
+
+def test_a_checkpoint_gives_the_same_bits_back_and_the_same_steps_after_it(tmp_path):
+    model, optimizer = a_model()
+    learn(model, optimizer, 3)
+    save_checkpoint(tmp_path, model, optimizer, Progress(3, 24), keep_last=2)
+    found_model, found_optimizer = a_model(seed=1)
+    learn(found_model, found_optimizer, 1, seed=50)  # what stood in the optimizer before must not shine through
+    assert load_newest(tmp_path, found_model, found_optimizer, refuse_warnings) == Progress(3, 24)
+    assert_equal(weights(found_model), weights(model))
+    assert_equal(moments(found_model, found_optimizer), moments(model, optimizer))
+    assert {key for _, key in moments(model, optimizer)} == {"step", "exp_avg", "exp_avg_sq"}
+    for pair in (model, optimizer), (found_model, found_optimizer):
+        learn(*pair, 3, seed=100)
+    assert_equal(weights(found_model), weights(model))
+
+
+def test_without_checkpoints_a_run_begins_at_step_0(tmp_path):
+    model, optimizer = a_model()
+    before = weights(model)
+    assert load_newest(tmp_path / "none", model, optimizer, refuse_warnings) == Progress(0, 0)
+    assert_equal(weights(model), before)
+
+
+def cut_in_half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, lambda f: f.unlink(), lambda f: f.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name, damage):
+    states = saved(tmp_path, 2, 4, 6)
+    damage(tmp_path / "step_00000006" / name)
+    model, optimizer = a_model(seed=1)
+    warnings = []
+    assert load_newest(tmp_path, model, optimizer, warnings.append) == Progress(4, 32)
+    assert_equal(weights(model), states[4])
+    assert len(warnings) == 1
+    assert f"{tmp_path}/step_00000006 is damaged" in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):
+    saved(tmp_path, 2, 4)
+    for step in (2, 4):
+        cut_in_half(tmp_path / f"step_0000000{step}/model.safetensors")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: remove that folder to begin the run anew"):
+        load_newest(tmp_path, *a_model(), lambda text: None)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    saved(tmp_path, 2)
+    with pytest.raises(ValueError, match="step_00000002 holds another model than the config describes"):
+        load_newest(tmp_path, *a_model(width=5), refuse_warnings)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_a_checkpoint_that_stands_there_already_is_replaced(tmp_path):
+    saved(tmp_path, 2)
+    model, optimizer = a_model(seed=7)
+    learn(model, optimizer, 1)
+    save_checkpoint(tmp_path, model, optimizer, Progress(2, 16), keep_last=2)
+    found, found_optimizer = a_model()
+    load_newest(tmp_path, found, found_optimizer, refuse_warnings)
+    assert_equal(weights(found), weights(model))
+
+
+def test_what_a_killed_process_left_and_what_is_damaged_goes_at_the_next_checkpoint(tmp_path):
+    saved(tmp_path, 2, 6)
+    cut_in_half(tmp_path / "step_00000006/model.safetensors")
+    (tmp_path / ".step_00000007.99").mkdir()
+    (tmp_path / ".step_00000007.99/model.safetensors").write_bytes(b"half")
+    model, optimizer = a_model()
+    done = load_newest(tmp_path, model, optimizer, lambda text: None)
+    learn(model, optimizer, 1)
+    save_checkpoint(tmp_path, model, optimizer, Progress(done.step + 2, 32), keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_checkpoint as t
+model, optimizer = t.a_model()
+t.learn(model, optimizer, 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    t.save_checkpoint(Path(sys.argv[1]), model, optimizer, t.Progress(4, 32), 1)
+except OSError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize("bytes_free", [100, 600])
+def test_on_a_full_disk_nothing_half_written_stays_and_the_old_checkpoint_does(tmp_path, request, bytes_free):
+    states = saved(tmp_path, 2)
+    before, limits = sizes(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(request.path.parent), str(bytes_free)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.startswith(f"refused: no space left while writing {tmp_path}/step_00000004: ")
+    assert "Traceback" not in done.stderr
+    assert sizes(tmp_path) == before
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == limits
+    model, optimizer = a_model()
+    assert load_newest(tmp_path, model, optimizer, refuse_warnings).step == 2
+    assert_equal(weights(model), states[2])
+
+
+def sizes(folder):
+    return {str(file): file.stat().st_size for file in folder.rglob("*")}
+
+
+def test_progress_is_readable_by_people(tmp_path):
+    saved(tmp_path, 2)
+    assert json.loads((tmp_path / "step_00000002/progress.json").read_text()) == {"step": 2, "samples_seen": 16}

@@ -1,0 +1,139 @@
+"""A run folder goes on only as the run it was begun as; what differs is named."""
+
+import json
+
+import pytest
+
+from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step
+
+
+class Data:
+    """All that a run folder wants to know of a shard set."""
+
+    def __init__(self, fingerprint="abc"):
+        self.fingerprint = lambda: fingerprint
+
+    def __len__(self):
+        return 60
+
+
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    """A run that was begun and has a checkpoint after step 4 of 6."""
+    folder = tmp_path / "run"
+    begin(folder, tiny_config(), Data())
+    (folder / "checkpoints/step_00000004").mkdir(parents=True)
+    return folder
+
+
+def test_a_run_begins_with_its_config_and_what_it_ran_on(run, tiny_config):
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.to_container(OmegaConf.load(run / "config.yaml")) == as_tree(tiny_config())
+    facts = json.loads((run / "versions.json").read_text())
+    assert facts["data"] == "abc"
+    assert facts["pairs"] == 60
+    assert {"softmoe-clip", "torch", "python", "threads", "device", "git"} <= facts.keys()
+    assert newest_step(run) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "steps=12",
+        "data.num_workers=1",
+        "log_every=3",
+        "checkpoint_every=5",
+        "keep_last=1",
+        "eval.every=3",
+        "eval.suite=configs/suites/scenes.yaml",
+    ],
+)
+def test_what_makes_no_other_run_may_change(run, tiny_config, change):
+    begin(run, tiny_config(change), Data())
+    key, value = change.split("=")
+    assert f"{key.split('.')[-1]}: {value}" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("optim.lr=0.5", "optim.lr: 0.001 then, 0.5 now"),
+        ("seed=1", "seed: 0 then, 1 now"),
+        ("batch_size=16", "batch_size: 8 then, 16 now"),
+        ("data.crop_scale=[0.5,1.0]", r"data.crop_scale: \[0.7, 1.0\] then, \[0.5, 1.0\] now"),
+        ("model.image_moe.num_experts=2", "model.image_moe.num_experts: 4 then, 2 now"),
+        ("model.image_moe=null", "model.image_moe.num_experts: 4 then, None now"),
+        ("loss=clip", "loss: 'siglip' then, 'clip' now"),
+        ("data.val=elsewhere", "data.val: None then, 'elsewhere' now"),
+    ],
+)
+def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config, change, told, folder_bytes):
+    before = folder_bytes(run)
+    with pytest.raises(ValueError, match=f"begun with other settings .*{told}.*give another folder as out"):
+        begin(run, tiny_config(change), Data())
+    assert folder_bytes(run) == before
+
+
+def test_all_differences_are_named(run, tiny_config):
+    with pytest.raises(ValueError, match=r"\(optim.lr: 0.001 then, 0.5 now; seed: 0 then, 3 now\)"):
+        begin(run, tiny_config("seed=3", "optim.lr=0.5", "steps=9"), Data())
+
+
+def test_other_data_under_the_same_name_is_refused(run, tiny_config):
+    with pytest.raises(ValueError, match=r"begun with other data than .*train holds now"):
+        begin(run, tiny_config(), Data("xyz"))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_be_true_to(tmp_path, tiny_config):
+    run = tmp_path / "run"
+    begin(run, tiny_config(), Data())
+    begin(run, tiny_config("optim.lr=0.5"), Data("xyz"))
+    assert "lr: 0.5" in (run / "config.yaml").read_text()
+    assert json.loads((run / "versions.json").read_text())["data"] == "xyz"
+
+
+def test_a_process_killed_while_it_begins_a_run_leaves_one_that_can_be_begun(tmp_path, tiny_config):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "versions.json").write_text("{")
+    (run / "config.yaml.tmp").write_text("out:")
+    begin(run, tiny_config(), Data())
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "versions.json"]
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, tiny_config):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files but no run"):
+        begin(run, tiny_config(), Data())
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_is_no_run_folder(tmp_path, tiny_config):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run is a file"):
+        begin(tmp_path / "run", tiny_config(), Data())
+
+
+def test_another_number_of_threads_is_said(run, tiny_config, capsys):
+    facts = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps(facts | {"threads": 77}))
+    begin(run, tiny_config(), Data())
+    assert "began with 77 threads" in capsys.readouterr().err
+
+
+def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):
+    assert not is_finished(run, tiny_config())
+    (run / "checkpoints/step_00000006").mkdir()
+    assert not is_finished(run, tiny_config())  # its model is missing
+    (run / "model").mkdir()
+    assert is_finished(run, tiny_config())
+    assert not is_finished(run, tiny_config("steps=12"))
+    with pytest.raises(ValueError, match="seed: 0 then, 1 now"):
+        is_finished(run, tiny_config("seed=1"))
+
+
+def test_nothing_there_is_not_finished(tmp_path, tiny_config):
+    assert not is_finished(tmp_path / "run", tiny_config())
