@@ -64,7 +64,7 @@ def write_scenes(
 ) -> None:
     """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
 
-    - train: 40 % one object, 50 % two, 10 % three, with two to four captions each. Scenes of two come in fours: the
+    - train: 40 % one object, 50 % two, 10 % three, with three or four captions each. Scenes of two come in fours: the
       same two objects in each relation, so that only the relation tells their captions apart.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen pair (json `unseen`). Captions name every texture, colour and shape.
@@ -190,7 +190,7 @@ def _names(rng: np.random.Generator, unseen: Sequence[bool]) -> list[tuple[str, 
 def _arrange(names, arrangement: Arrangement, rng: np.random.Generator, scene_seed: tuple[int, ...]) -> Scene:
     """Place named objects so that they neither touch each other nor the border, and no relation is in doubt."""
     if arrangement == "single":
-        size = rng.uniform(0.38, 0.69)
+        size = rng.uniform(0.48, 0.78)
         x, y = rng.uniform(MARGIN + size / 2, 1 - MARGIN - size / 2, 2)
         spots = [(size, x, y)]
     elif arrangement == "pyramid":
@@ -199,7 +199,7 @@ def _arrange(names, arrangement: Arrangement, rng: np.random.Generator, scene_se
         row = _row(2, 0.30, 0.38, rng)
         spots += [(size, x, 1 - MARGIN - size / 2 - rng.uniform(0, 0.04)) for size, x, _ in row]
     else:
-        spots = _row(len(names), *((0.31, 0.44) if len(names) == 2 else (0.282, 0.297)), rng)
+        spots = _row(len(names), *((0.35, 0.45) if len(names) == 2 else (0.282, 0.297)), rng)
         if arrangement == "column":
             spots = [(size, y, x) for size, x, y in spots]
     things = tuple(

@@ -26,8 +26,6 @@ PALETTE = {
     "brown": ((104, 58, 24), (236, 208, 178)),
     "black": ((24, 25, 30), (196, 200, 208)),
 }
-# Dark things need a light background; all others are drawn on either.
-DARK = {"black", "brown", "purple"}
 SUPERSAMPLE = 4
 SHADOW = 82  # of 255
 Polygon = list[tuple[float, float]]
@@ -36,7 +34,7 @@ Polygon = list[tuple[float, float]]
 def draw(scene: Scene, image_size: int = 64) -> Image.Image:
     """Draw the scene as an RGB picture of `image_size` x `image_size` pixels, the same for the same scene."""
     rng = np.random.default_rng([*scene.seed, 1])
-    picture = _background(scene, image_size, rng)
+    picture = _background(image_size, rng)
     patches = [_patch(thing, image_size, rng) for thing in scene.things]
     shadow = Image.new("L", picture.size)
     drop = max(1, round(image_size / 48))
@@ -98,10 +96,9 @@ def _draw_share(sender, scenes: list[Scene], image_size: int) -> None:
         pass
 
 
-def _background(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """Grey, light or dark, a little warm or cool, with a faint slope, soft clouds and grain."""
-    light = rng.random() < 0.6 or any(thing.colour in DARK for thing in scene.things)
-    grey = rng.uniform(200, 243) if light else rng.uniform(52, 92)
+def _background(image_size: int, rng: np.random.Generator) -> Image.Image:
+    """Light grey, a little warm or cool, with a faint slope, soft clouds and grain."""
+    grey = rng.uniform(205, 243)
     tint = rng.uniform(-5, 5) * np.array([1, 0.2, -1])
     angle = rng.uniform(0, 2 * math.pi)
     across = np.linspace(-1, 1, image_size, dtype=np.float32)

@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black")
-SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond", "moon", "arrow")
+# The order pairs them (see `is_unseen`): the two shapes a colour never has in training look quite different.
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star", "ring", "heart", "moon", "arrow")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 
 # Sizes of single objects, as shares of the picture's side; between the two no word is said.
-SMALL, LARGE = 0.46, 0.58
+SMALL, LARGE = 0.57, 0.69
 # A centre this far from the middle is said to be on that side.
 OFF_CENTRE = 0.11
 
@@ -25,7 +26,7 @@ RELATIONS = {
 PLACES = {"row": ("on the left", "on the right"), "column": ("at the top", "at the bottom")}
 
 Arrangement = Literal["single", "row", "column", "pyramid"]
-Detail = Literal["full", "colour and shape", "colour", "shape"]
+Detail = Literal["full", "colour and shape", "texture and shape", "colour", "shape", "texture"]
 
 
 class Thing(NamedTuple):
@@ -59,7 +60,7 @@ class Scene:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
-    """Write two to four different true captions; the first names everything, later ones may say less."""
+    """Write up to four different true captions; the first names everything, later ones may say less."""
     say = {1: _say_one, 2: _say_two, 3: _say_three}[len(scene.things)]
     return tuple(dict.fromkeys(say(scene, rng)))
 
@@ -81,8 +82,10 @@ def phrase(thing: Thing, detail: Detail = "full", anything: str = "shape") -> st
     words = {
         "full": thing.name,
         "colour and shape": f"{thing.colour} {thing.shape}",
+        "texture and shape": f"{thing.texture} {thing.shape}",
         "colour": f"{thing.colour} {anything}",
         "shape": thing.shape,
+        "texture": f"{thing.texture} {anything}",
     }[detail]
     return with_article(words)
 
@@ -114,21 +117,25 @@ def _say_one(scene: Scene, rng: np.random.Generator) -> list[str]:
     said = [phrase(thing)]
     if rng.random() < 0.5:
         said[0] = f"{_pick(PREFIXES, rng)} {said[0]}"
-    said += [_single(thing, "full", rng), _single(thing, "colour and shape", rng)]
-    if rng.random() < 0.4:
-        said.append(_vary(phrase(thing), rng))
-    return said
+    # Colour alone tells most pictures of a batch apart: captions without it are what teaches shapes and textures.
+    less = _pick(("colour and shape", "shape", "texture"), rng)
+    return [
+        *said,
+        _single(thing, "full", rng),
+        _single(thing, less, rng),
+        _vary(phrase(thing, "texture and shape"), rng),
+    ]
 
 
 def _say_two(scene: Scene, rng: np.random.Generator) -> list[str]:
     # What says less fits more pictures of a batch but for the relation: there only word order tells right from wrong.
     first, second = scene.things
-    vague = [
+    vague = tuple(
         detail
-        for detail, differs in (("colour", first.colour != second.colour), ("shape", first.shape != second.shape))
-        if differs
-    ]
-    less = _pick((*vague, "colour and shape"), rng)
+        for detail in ("colour", "shape", "texture and shape", "colour and shape")
+        if phrase(first, detail) != phrase(second, detail)
+    )
+    less = _pick(vague, rng)
     said = [relation(scene, "full", rng), _places(scene, "colour and shape", rng), relation(scene, less, rng)]
     if rng.random() < 0.5:
         said.append(_places(scene, _pick((*vague, "full"), rng), rng))

@@ -123,7 +123,7 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
 
 
 def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: int = 2000) -> None:
-    """Train a sentencepiece unigram model on lower-cased captions; the same captions always give the same bytes.
+    """Train a sentencepiece BPE model on lower-cased captions; the same captions always give the same bytes.
 
     The vocabulary gets smaller by itself where the captions don't hold that many pieces. End token 1, as in the
     reference. Raises ValueError without captions.
@@ -143,6 +143,8 @@ def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: i
         SentencePieceTrainer.train(
             sentence_iterator=chain([first], texts),
             model_writer=model,
+            # With few different words, unigram prunes words apart into letters; BPE keeps them whole.
+            model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=0.9995,

@@ -19,7 +19,7 @@ from softmoe_clip.data_pipelines.scenes import (
     val_samples,
     write_scenes,
 )
-from softmoe_clip.data_pipelines.scenes_draw import DARK, OUTLINES, PALETTE, draw, pictures
+from softmoe_clip.data_pipelines.scenes_draw import OUTLINES, PALETTE, draw, pictures
 from softmoe_clip.data_pipelines.scenes_grammar import (
     ANYTHING,
     COLOURS,
@@ -115,7 +115,7 @@ def test_training_shows_every_word_about_equally_often_in_the_stated_mixture(tra
         counts = Counter(getattr(thing, field) for sample in train for thing in sample.scene.things).values()
         assert len(counts) == 10
         assert max(counts) < 1.3 * min(counts)
-    assert {len(sample.captions) for sample in train} == {2, 3, 4}
+    assert {len(sample.captions) for sample in train} == {3, 4}
     assert all(len(set(sample.captions)) == len(sample.captions) for sample in train)
 
 
@@ -149,8 +149,8 @@ def test_captions_of_one_thing_say_its_place_and_size_truly(train):
             assert not words & {"right"} or thing.x > 0.6
             assert not words & {"top"} or thing.y < 0.4
             assert not words & {"bottom"} or thing.y > 0.6
-            assert not words & {"small", "little"} or thing.size < 0.5
-            assert not words & {"large", "big"} or thing.size > 0.55
+            assert not words & {"small", "little"} or thing.size < 0.6
+            assert not words & {"large", "big"} or thing.size > 0.65
     assert len(places) == 8
     assert min(places.values()) > 50
 
@@ -271,7 +271,7 @@ def test_a_thing_has_its_colour_on_a_grey_ground_at_any_picture_size():
         middle = pixels[image_size // 2, image_size // 2]
         assert min(COLOURS, key=lambda name: np.abs(PALETTE[name][0] - middle).sum()) == colour
         assert np.ptp(pixels[:2, :2], axis=2).max() < 16
-        assert colour not in DARK or pixels[0, 0, 0] > 150
+        assert pixels[0, 0].min() > 150  # dark things need a light background
 
 
 def test_shapes_look_different_and_so_do_textures():
