@@ -30,6 +30,8 @@ def create_model(
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.ln_q.bias", "attn.ln_k.bias")):
             parameter.requires_grad_(False)
+        if name.endswith("router_scale"):
+            nn.init.constant_(parameter, config.init_router_scale)
     return model
 
 
