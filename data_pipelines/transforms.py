@@ -1,7 +1,7 @@
 """From picture bytes to pixels: the random crop of training, all drawn from one generator; open_clip's transform."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ def resized_crop(
 
 
 def normalise(
-    images: UInt8[Tensor, "b 3 y x"], mean: tuple[float, ...], std: tuple[float, ...]
+    images: UInt8[Tensor, "b 3 y x"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 y x"]:
     """Turn pixels into what the towers take, on the device the batch is on."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))

@@ -146,8 +146,8 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 if is_main:
-                    numbers = measure(loaded, config, run, step, device)
-                    log.write(step, numbers)
+                    if numbers := measure(loaded, config, run, step, device):
+                        log.write(step, numbers)
                     if "val/loss" in numbers:
                         say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
                 accelerator.wait_for_everyone()

@@ -21,7 +21,7 @@ class RunLog:
         self.lines = (folder / "metrics.jsonl").open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: dict[str, int | float]) -> None:
         """Write the numbers of one step, at once, so that a kill loses nothing."""
         self.lines.write(json.dumps({"step": step, **numbers}) + "\n")
         self.lines.flush()
