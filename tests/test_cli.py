@@ -1,0 +1,272 @@
+"""The command line: every verb end to end on a tiny model, every mistake one line, nothing heavy before its time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+VERBS = (
+    "demo",
+    "pack",
+    "check",
+    "train-tokenizer",
+    "train",
+    "config",
+    "eval",
+    "compare",
+    "embed",
+    "index",
+    "search",
+)
+HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_settings, tmp_path_factory):
+    """A trained tiny model."""
+    from softmoe_clip.config import TrainConfig
+    from softmoe_clip.data_pipelines.strict import load_strict
+    from softmoe_clip.training.loop import train
+
+    out = tmp_path_factory.mktemp("cli") / "run"
+    return train(load_strict(TrainConfig, {"out": str(out), **tiny_settings}, ["steps=2"]))
+
+
+@pytest.fixture(scope="module")
+def suite(scenes, tmp_path_factory):
+    file = tmp_path_factory.mktemp("suite") / "suite.yaml"
+    file.write_text(f"root: {scenes}\ntasks:\n  - {{kind: retrieval, name: scenes, data: val}}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def embeddings(run_folder, scenes, tmp_path_factory):
+    """An index over held-out scenes."""
+    from softmoe_clip.models.store import load_encoder
+    from softmoe_clip.search.embed import embed
+    from softmoe_clip.search.index import index
+
+    out = tmp_path_factory.mktemp("embeddings") / "out"
+    embed(load_encoder(run_folder, "cpu"), f"{scenes}/val", out, model_name=str(run_folder))
+    index(out)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_help_lists_every_verb_and_nothing_is_missing_here(softmoe_clip):
+    done = softmoe_clip("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+    assert softmoe_clip().stdout == done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_one_example(softmoe_clip, verb):
+    done = softmoe_clip(verb, "--help")
+    assert done.returncode == 0
+    assert done.stdout.count("Example: ") == 1
+    assert f"Example: softmoe-clip {verb} " in done.stdout
+
+
+LIGHT = """
+import contextlib, io, json, sys
+from softmoe_clip.cli import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["softmoe-clip", *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+    heavy = [name for name in json.loads(sys.argv_heavy) if name in sys.modules]
+    answers.append([arguments, status, heavy])
+print(json.dumps(answers))
+"""
+
+
+def test_help_and_early_mistakes_import_nothing_heavy(tiny_yaml, process_environment):
+    early = [
+        ["--help"],
+        *([verb, "--help"] for verb in VERBS),
+        ["train", str(tiny_yaml), "optim.lrr=0.1"],
+        ["train", "nowhere.yaml"],
+        ["config", str(tiny_yaml), "optim.lrr=0.1"],
+        ["pack", "nowhere", "out"],
+        ["check", "nowhere"],
+        ["unknown-verb"],
+    ]
+    program = LIGHT.replace("sys.argv_heavy", repr(json.dumps(HEAVY)))
+    command = [sys.executable, "-c", program, json.dumps(early)]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment, check=True)
+    for arguments, status, heavy in json.loads(done.stdout):
+        assert status == (0 if "--help" in arguments else 2), arguments
+        assert heavy == [], arguments
+
+
+def test_the_installed_command_and_the_module_answer_alike(process_environment):
+    script = [os.path.join(os.path.dirname(sys.executable), "softmoe-clip")]
+    done = [
+        subprocess.run([*start, "train", "nowhere.yaml"], capture_output=True, text=True, env=process_environment)
+        for start in (script, [sys.executable, "-m", "softmoe_clip"])
+    ]
+    assert done[0].returncode == done[1].returncode == 2
+    assert (
+        done[0].stderr
+        == done[1].stderr
+        == ("softmoe-clip: cannot read the config nowhere.yaml: No such file or directory\n")
+    )
+
+
+def test_files_of_the_user_do_not_pass_for_libraries(working_folder, tiny_yaml, process_environment):
+    for name in ("eval", "random", "torch", "data_pipelines", "configs"):
+        (working_folder / f"{name}.py").write_text("raise SystemExit('imported the wrong file')")
+    script = os.path.join(os.path.dirname(sys.executable), "softmoe-clip")
+    command = [script, "train", str(tiny_yaml), "data.train=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "wrong file" not in done.stderr
+
+
+MISTAKES = {
+    "an unknown verb": (["trainn"], "trainn"),
+    "an unknown option": (["train", "{yaml}", "--plann"], "--plan"),
+    "a missing argument": (["pack"], "'source'"),
+    "a missing config": (["train", "nowhere.yaml"], "nowhere.yaml"),
+    "an empty config name": (["train", ""], "config"),
+    "a folder as config": (["train", "."], "config"),
+    "an unknown key": (["train", "{yaml}", "optim.lrr=0.1"], "did you mean optim.lr?"),
+    "an unknown key of config": (["config", "{yaml}", "modle.arch=x"], "did you mean model"),
+    "a wrong type": (["train", "{yaml}", "steps=many"], "steps in the overrides must be a whole number"),
+    "no override": (["train", "{yaml}", "steps"], "a.b=value"),
+    "no budget": (["train", "{yaml}", "steps=null"], "budget"),
+    "missing shards": (["train", "{yaml}", "data.train=nowhere"], "nowhere"),
+    "an empty folder as shards": (["train", "{yaml}", "data.train=empty"], "empty"),
+    "no tokenizer": (["train", "{yaml}", "tokenizer=nowhere.model"], "nowhere.model"),
+    "an unknown architecture": (["train", "{yaml}", "model.arch=SoftMoE-dmo"], "did you mean 'SoftMoE-demo'"),
+    "a plan of a schedule that does not fit": (["train", "{yaml}", "optim.warmup=99", "--plan"], "warmup 99"),
+    "a missing source": (["pack", "nowhere", "out"], "nowhere"),
+    "an empty source": (["pack", "empty", "out"], "empty"),
+    "missing shards to check": (["check", "nowhere"], "nowhere"),
+    "missing captions": (["train-tokenizer", "nowhere", "tokenizer.model"], "nowhere"),
+    "a missing model": (["eval", "nowhere", "--suite", "{suite}"], "no model at nowhere"),
+    "a folder that is no model": (["eval", "empty", "--suite", "{suite}"], "empty is no model folder"),
+    "half a model": (["eval", "half", "--suite", "{suite}", "--out", "o.json"], "half/open_clip_model.safetensors"),
+    "a missing suite": (["eval", "{run}", "--suite", "nowhere.yaml"], "nowhere.yaml"),
+    "no suite": (["eval", "{run}"], "--suite"),
+    "an unknown device": (["eval", "{run}", "--suite", "{suite}", "--device", "tpuu"], "device 'tpuu'"),
+    "an unknown precision": (["eval", "{run}", "--suite", "{suite}", "--precision", "int3"], "int3"),
+    "no batch": (["eval", "{run}", "--suite", "{suite}", "--batch-size", "0"], "batch_size"),
+    "missing results": (["compare", "nowhere.json"], "nowhere.json"),
+    "nothing to compare": (["compare"], "'results'"),
+    "missing shards to embed": (["embed", "{run}", "nowhere", "out"], "nowhere"),
+    "no embeddings": (["index", "nowhere"], "nowhere"),
+    "no index": (["search", "nowhere", "a star"], "nowhere"),
+    "no query": (["search", "{embeddings}"], "query"),
+    "no picture": (["search", "{embeddings}", "--image", "nowhere.png"], "nowhere.png"),
+    "no hits": (["search", "{embeddings}", "a star", "-k", "0"], "k"),
+    "no data for the demo": (["demo", "--data", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    softmoe_clip, working_folder, folder_bytes, request, run_folder, name
+):
+    arguments, told = MISTAKES[name]
+    (working_folder / "empty").mkdir()
+    shutil.copytree(run_folder / "model", working_folder / "half")
+    weights = working_folder / "half/open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    names = {"{yaml}": "tiny_yaml", "{suite}": "suite", "{run}": "run_folder", "{embeddings}": "embeddings"}
+    arguments = [str(request.getfixturevalue(names[a])) if a in names else a for a in arguments]
+    before = folder_bytes(working_folder)
+    done = softmoe_clip(*arguments)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("softmoe-clip: ")
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert done.stdout == ""
+    assert folder_bytes(working_folder) == before
+    assert sorted(path.name for path in working_folder.iterdir()) == ["empty", "half"]
+
+
+def test_pictures_become_numbers_and_hits_through_every_verb(
+    softmoe_clip, working_folder, scenes, tiny_yaml, tokenizer_file, suite
+):
+    def answer(*arguments):
+        done = softmoe_clip(*arguments)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    for number, colour in enumerate(("red", "green", "blue", "yellow")):
+        (working_folder / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), colour).save(working_folder / f"pictures/{number}.png")
+        (working_folder / f"pictures/{number}.txt").write_text(f"a {colour} wall\na wall that is {colour}\n")
+    assert "3 pictures  train" in answer("pack", "pictures", "shards")
+    assert "3 samples, 0 findings" in answer("check", "shards/train")
+
+    answer("train-tokenizer", f"{scenes}/train", "tokenizer.model", "--vocab-size", "100")
+    assert (working_folder / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+
+    assert "num_experts: 4" in answer("config", tiny_yaml)
+    assert "lr: 0.25" in answer("config", tiny_yaml, "optim.lr=0.25")
+    plan = answer("train", tiny_yaml, "out=run", "--plan")
+    assert "image tower, parameters" in plan
+    assert "expected time" in plan
+    assert not (working_folder / "run").exists()
+    answer("train", tiny_yaml, "out=run", "steps=2")
+
+    assert "recall@1" in answer("eval", "run", "--suite", suite, "--out", "first.json")
+    answer("eval", "run/model", "--suite", suite, "--out", "second.json")
+    first, second = (json.loads((working_folder / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert first["metrics"] == second["metrics"]
+    compared = answer("compare", "first.json", "second.json")
+    assert "first" in compared
+    assert "second" in compared
+
+    answer("embed", "run", f"{scenes}/val", "embeddings")
+    assert "embeddings" in answer("index", "embeddings")
+    answer("index", "embeddings", "--out", "elsewhere")
+    found = json.loads(answer("search", "embeddings", "a red star", "-k", "3", "--json"))
+    assert len(found) == 3
+    assert {"score", "key", "caption", "row"} <= found[0].keys()
+    assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
+    assert found[0]["caption"] in answer("search", "embeddings", "a red star", "-k", "1")
+    by_picture = json.loads(answer("search", "embeddings", "--image", "pictures/0.png", "-k", "2", "--json"))
+    assert len(by_picture) == 2
+
+
+def test_check_fails_where_samples_are_bad(softmoe_clip, working_folder):
+    from softmoe_clip.data_pipelines.shard_writer import ShardWriter
+
+    with ShardWriter("shards") as writer:
+        writer.add(b"no picture", "png", ["a caption"])
+    done = softmoe_clip("check", "shards")
+    assert done.returncode == 1
+    assert "000000000" in done.stdout
+
+
+def test_ctrl_c_is_no_traceback(softmoe_clip, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softmoe_clip.data_pipelines.check.check", interrupted)
+    done = softmoe_clip("check", "shards")
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr

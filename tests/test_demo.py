@@ -1,0 +1,103 @@
+"""The demo end to end, with a small configs/demo.yaml in the working folder; and what it says of bad data."""
+
+import colorsys
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from softmoe_clip.config import TrainConfig
+from softmoe_clip.data_pipelines.strict import load_strict
+from softmoe_clip.demo import demo_config
+
+
+def write_pictures(folder, count):
+    """Coloured pictures with captions."""
+    folder.mkdir()
+    for number in range(count):
+        colour = tuple(int(255 * part) for part in colorsys.hsv_to_rgb(number / count, 0.8, 0.9))
+        Image.new("RGB", (48, 40), colour).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"a wall painted in colour number {number}\n")
+    return folder
+
+
+@pytest.fixture
+def small_demo(tiny_settings, tmp_path, monkeypatch):
+    """A working folder whose own configs/demo.yaml is that of a tiny run: `configs/...` is looked for there first."""
+    (tmp_path / "configs").mkdir()
+    settings = {"out": "run", **tiny_settings, "eval": {"every": 3}}
+    (tmp_path / "configs/demo.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_ones_own_pictures_become_a_model_an_index_and_a_report(softmoe_clip, small_demo):
+    write_pictures(small_demo / "pictures", 24)
+    done = softmoe_clip("demo", "--data", "pictures", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    out = small_demo / "out"
+    for made in ("shards/train", "shards/val", "tokenizer.model", "run/model", "run/metrics.jsonl", "embeddings"):
+        assert (out / made).exists(), made
+    assert json.loads((out / "results.json").read_text())["metrics"]
+    report = (out / "report.html").read_text()
+    assert "<img" in report
+    assert "finds" in done.stdout
+    assert str(out.relative_to(small_demo) / "report.html") in done.stdout
+
+    again = softmoe_clip("demo", "--data", "pictures", "--out", "out")
+    assert again.returncode == 0, again.stderr
+    assert "is finished (6 steps); nothing to do" in again.stderr
+
+    write_pictures(small_demo / "others", 3)
+    refused = softmoe_clip("demo", "--data", "others", "--out", "out")
+    assert refused.returncode == 2
+    assert "out holds the demo of" in refused.stderr
+
+
+@pytest.mark.slow
+def test_scenes_become_all_that_the_demo_shows(softmoe_clip, small_demo):
+    done = softmoe_clip("demo")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((small_demo / "demo/results.json").read_text())["metrics"]
+    assert {name.split("/")[0] for name in metrics} == {"zero_shot", "retrieval", "relations"}
+    assert "'a striped red star' finds" in done.stdout
+
+
+BAD = {
+    "missing": lambda folder: None,
+    "empty": lambda folder: folder.mkdir(),
+    "no captions": lambda folder: [file.unlink() for file in write_pictures(folder, 3).glob("*.txt")],
+    "no pictures": lambda folder: [file.unlink() for file in write_pictures(folder, 3).glob("*.png")],
+    "no picture that decodes": lambda folder: [f.write_text("x") for f in write_pictures(folder, 3).glob("*.png")],
+    "one picture": lambda folder: write_pictures(folder, 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_one_line_and_no_folder_is_left(softmoe_clip, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    BAD[name](tmp_path / "mine")
+    done = softmoe_clip("demo", "--data", "mine", "--out", "out")
+    assert done.returncode == 2, done
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("softmoe-clip: ")
+    assert "mine" in lines[-1] or "00.png" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(softmoe_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    done = softmoe_clip("demo", "--out", "out")
+    assert done.returncode == 2
+    assert "out holds something else than a demo" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_batch_never_holds_a_picture_twice(scenes, tmp_path, monkeypatch):
+    (tmp_path / "shards").symlink_to(scenes)
+    assert demo_config(None, tmp_path).batch_size == 60
+    assert demo_config(None, tmp_path).last_step == load_strict(TrainConfig, "configs/demo.yaml").last_step
