@@ -173,7 +173,7 @@ def test_towers_start_as_in_the_reference():
         mlp.fc1.weight: (2 / (d + f)) ** 0.5,
         mlp.fc2.weight: (2 / (d + f)) ** 0.5,
         mlp.fc1.bias: 1e-6,
-        tower.blocks[5].mlp.slot_embed: (d * tower.blocks[5].mlp.slot_embed.shape[1]) ** -0.5,
+        tower.blocks[-1].mlp.slot_embed: (d * tower.blocks[-1].mlp.slot_embed.shape[1]) ** -0.5,
     }
     for parameter, std in spreads.items():
         assert parameter.std().item() == pytest.approx(std, rel=5 / parameter.numel() ** 0.5)

@@ -35,7 +35,7 @@ class Tower(NamedTuple):
 
 
 SIZES = {
-    "demo": Size(128, 6, 512, 2),
+    "demo": Size(128, 4, 512, 2),
     "tiny": Size(192, 12, 768, 3),
     "small": Size(384, 12, 1536, 6),
     "base": Size(768, 12, 3072, 12),
