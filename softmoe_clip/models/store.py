@@ -226,9 +226,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         restore_previous(folder)
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise OSError(
-                error.errno, f"no space left while writing {folder}: free some space or choose another folder"
-            ) from error
+            # One argument: an errno before it would be printed as `[Errno 28]`.
+            raise OSError(f"no space left while writing {folder}: free some space or choose another folder") from error
         raise
 
 
