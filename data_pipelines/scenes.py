@@ -41,6 +41,8 @@ ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
     3: ("row", "column", "pyramid"),
 }
 
+DRAWN_PER_RELATION = 1
+
 MARGIN = 0.022
 GAP = 0.022
 
@@ -64,8 +66,8 @@ def write_scenes(
 ) -> None:
     """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
 
-    - train: 40 % one object, 50 % two, 10 % three, with three or four captions each. Scenes of two come in fours: the
-      same two objects in each relation, so that only the relation tells their captions apart.
+    - train: 40 % one object, 50 % two, 10 % three, with three or four captions each. Scenes of two come in
+      sixteens: the same two objects, four times in each relation, so that only the relation tells their captions apart.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen pair (json `unseen`). Captions name every texture, colour and shape.
     - combinations: `PICTURES_PER_CLASS` single objects for each unseen pair in each texture, with `.cls` labels and
@@ -113,8 +115,10 @@ def train_sample(seed: int, index: int) -> Sample:
     rng = np.random.default_rng([seed, TRAIN, index])
     scene_seed = (seed, TRAIN, index)
     if num_things == 2:
-        # Pairs sit at odd indices. Four in a row hold the same two objects, in each of their four relations.
-        group, member = divmod(index // 2, 4)
+        # Pairs sit at odd indices. Sixteen in a row hold the same two objects, four times in each of their relations:
+        # often enough that a batch holds two of them, which only the relation tells apart.
+        group, member = divmod(index // 2, 4 * DRAWN_PER_RELATION)
+        member %= 4
         names = _names(np.random.default_rng([seed, TWINS, group]), (False, False))
         scene = _arrange(names[:: 1 if member < 2 else -1], ("row", "column")[member % 2], rng, scene_seed)
     else:

@@ -15,6 +15,7 @@ from softmoe_clip.training.run_folder import say
 SCENE_QUERIES = ("a striped red star", "a blue circle left of a yellow square")
 # Photographs may be mirrored and cropped closely; scenes may not, since their captions say what is left of what.
 PHOTO_SETTINGS = ["data.flip=true", "data.crop_scale=[0.4,1.0]"]
+MOST_PASSES = 60
 
 
 def demo(data: str | None, out: str | Path) -> Path:
@@ -123,10 +124,11 @@ def demo_config(data: str | None, out: Path) -> TrainConfig:
         *([] if data is None else PHOTO_SETTINGS),
     ]
     config = load_strict(TrainConfig, find_config("configs/demo.yaml"), settings)
-    if num_pairs >= config.batch_size:
-        return config
-    # A batch larger than the set would hold a picture twice, as its own wrong answer.
-    return load_strict(TrainConfig, find_config("configs/demo.yaml"), [*settings, f"batch_size={max(2, num_pairs)}"])
+    # A batch larger than the set would hold a picture twice, as its own wrong answer; and a small set is soon known.
+    batch_size = max(2, min(config.batch_size, num_pairs))
+    steps = min(config.steps, -(-MOST_PASSES * num_pairs // batch_size))
+    fitting = [f"batch_size={batch_size}", f"steps={steps}", f"optim.warmup={min(config.optim.warmup, steps // 5)}"]
+    return load_strict(TrainConfig, find_config("configs/demo.yaml"), [*settings, *fitting])
 
 
 def held_out_shards(out: Path) -> Path:
