@@ -252,6 +252,18 @@ def test_pictures_become_numbers_and_hits_through_every_verb(
     assert len(by_picture) == 2
 
 
+def test_processes_that_cannot_find_each_other_are_refused_in_one_line(
+    softmoe_clip, working_folder, tiny_yaml, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = softmoe_clip("train", tiny_yaml)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "2 processes were launched (WORLD_SIZE) but cannot find each other" in done.stderr
+    assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
+    assert not list(working_folder.iterdir())
+
+
 def test_check_fails_where_samples_are_bad(softmoe_clip, working_folder):
     from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 

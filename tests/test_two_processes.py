@@ -84,10 +84,9 @@ def assert_same_run(found, expected):
     for name in weights:
         torch.testing.assert_close(weights[name], others[name], rtol=1e-5, atol=1e-6, msg=name)
     assert [line["step"] for line in metrics(found)] == [line["step"] for line in metrics(expected)]
-    for name in ("loss", "gradient_norm", "samples_seen", "replaced"):
-        torch.testing.assert_close(
-            *([line[name] for line in metrics(r)] for r in (found, expected)), rtol=1e-4, atol=1e-5
-        )
+    for name in ("loss", "gradient_norm", "samples_seen", "replaced", "val/loss"):
+        numbers = [[line[name] for line in metrics(run) if name in line] for run in (found, expected)]
+        torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5, msg=name)
     ledgers = [
         sorted(map(tuple, (entry.items() for entry in read_ledger(r / "skipped.jsonl")))) for r in (found, expected)
     ]
@@ -147,14 +146,3 @@ def test_a_signal_stops_both_processes_at_one_step(command, finish, tmp_path, pr
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     finish(run, 1, f"steps={step + 2}")
     assert [line["step"] for line in metrics(run)] == [*range(1, step + 3)]
-
-
-def test_processes_that_do_not_find_each_other_are_refused_in_one_line(command, tmp_path, process_environment):
-    alone = command(tmp_path / "run", 1)
-    done = subprocess.run(
-        alone, capture_output=True, text=True, cwd=tmp_path, env={**process_environment, "WORLD_SIZE": "2"}
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "2 processes were launched but 1 found each other" in done.stderr
-    assert not (tmp_path / "run").exists()

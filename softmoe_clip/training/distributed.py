@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+HOW_TO_LAUNCH = (
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "-m softmoe_clip train ..."
+)
+
 
 def make_accelerator(precision: str):
     """Return Accelerate's state for this process; refuse a launch whose processes do not know of each other.
@@ -17,14 +22,19 @@ def make_accelerator(precision: str):
     """
     from accelerate import Accelerator
 
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1 and lacking:
+        raise ValueError(
+            f"{launched} processes were launched (WORLD_SIZE) but cannot find each other without {', '.join(lacking)}. "
+            f"Use: {HOW_TO_LAUNCH}"
+        )
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched but {accelerator.num_processes} found each other. On CPU use: "
-            "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-            "-m softmoe_clip train ..."
+            f"{launched} processes were launched but {accelerator.num_processes} found each other. "
+            f"On CPU use: {HOW_TO_LAUNCH}"
         )
     return accelerator
 
