@@ -6,7 +6,7 @@ from typing import NamedTuple
 LANGUAGES = ("sh", "bash", "python")
 NOT_RUN = re.compile(r"<!--\s*not run by the tests:\s*(.+?)\s*-->")
 RUNS_TESTS = re.compile(r"\s*(?:make (?:check|test|test-slow)|\.ci/run)\b")  # they would run this test again
-PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
+FILE = re.compile(r"[\w.*/-]*[\w*]\.(?:py|yaml|json|toml|md|html|j2|lock)\b")
 
 
 class Block(NamedTuple):
@@ -50,9 +50,9 @@ def commands(markdown: str) -> list[Block]:
 
 
 def tree_paths(markdown: str) -> list[str]:
-    """Return the paths of the block that draws the tree: those that start a line, indented below their folder.
+    """Return the paths of the block that draws the tree: what starts a line, indented below its folder.
 
-    Further entries may follow on the line (`cli.py config.py`; behind a folder: what lies in it); other words describe.
+    File names in the rest of the line are paths too: beside the file that starts it, in the folder that starts it.
     """
     trees = [
         block.text for block in fenced_blocks(markdown) if re.search(r"^\W*data_pipelines/", block.text, re.MULTILINE)
@@ -70,15 +70,5 @@ def tree_paths(markdown: str) -> list[str]:
         if names[0].endswith("/"):
             above += names[0]
             parents.append((indent, above))
-        paths += [above + entry for entry in further_entries(names[1:])]
+        paths += [above + file for file in FILE.findall(drawn.strip().removeprefix(names[0]))]
     return paths
-
-
-def further_entries(words: list[str]) -> list[str]:
-    """Return the leading words that are names of files or folders."""
-    entries = []
-    for word in words:
-        if not (PATH.fullmatch(word) and re.search(r"[\w*]\.\w+$|/$", word)):
-            break
-        entries.append(word)
-    return entries

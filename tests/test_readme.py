@@ -45,8 +45,8 @@ configs/            YAML only
   demo.yaml  suites/*.yaml  and more
 softmoe_clip/       the program
 ├── cli.py config.py (no torch)
-└── moe/            experts.py soft.py. In words
-    └── soft.py
+└── moe/            experts.py, soft.py (the layer). In words
+    └── stats.py
 data_pipelines/     files to batches
 Makefile            two commands
 ```
@@ -84,6 +84,7 @@ def test_tree_paths_follow_the_indentation():
         "softmoe_clip/moe/",
         "softmoe_clip/moe/experts.py",
         "softmoe_clip/moe/soft.py",
+        "softmoe_clip/moe/stats.py",
         "data_pipelines/",
         "Makefile",
     ]
