@@ -7,9 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from softmoe_clip.config import TrainConfig
-from softmoe_clip.data_pipelines.strict import load_strict
-from softmoe_clip.demo import demo_config
+from softmoe_clip.demo import MOST_PASSES, demo_config
 
 
 def write_pictures(folder, count):
@@ -97,7 +95,9 @@ def test_a_folder_with_other_things_is_left_alone(softmoe_clip, tmp_path, monkey
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_a_batch_never_holds_a_picture_twice(scenes, tmp_path, monkeypatch):
+def test_few_pictures_make_a_batch_without_repeats_and_a_short_run(scenes, tmp_path):
     (tmp_path / "shards").symlink_to(scenes)
-    assert demo_config(None, tmp_path).batch_size == 60
-    assert demo_config(None, tmp_path).last_step == load_strict(TrainConfig, "configs/demo.yaml").last_step
+    config = demo_config(None, tmp_path)
+    assert config.batch_size == 60
+    assert config.last_step == MOST_PASSES
+    assert config.optim.warmup < config.last_step
