@@ -1,6 +1,7 @@
 """Plan and write the embedded data set: drawn scenes to train on, and held-out ones to measure with.
 
-A fifth of all colour-and-shape pairs (`is_unseen`) never occurs in training, neither drawn nor told.
+A quarter of all combinations of texture, colour and shape (`is_unseen`) never occurs in training, neither drawn nor
+told; any two of the three do.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
     3: ("row", "column", "pyramid"),
 }
 
-DRAWN_PER_RELATION = 1
+NUM_FAMILIAR = 24  # odd groups only: twelve pairs of objects
 
 MARGIN = 0.022
 GAP = 0.022
@@ -58,7 +59,7 @@ class Sample(NamedTuple):
 
 def write_scenes(
     out: str | Path,
-    num_train: int = 5000,
+    num_train: int = 12000,
     num_val: int = 500,
     seed: int = 0,
     image_size: int = 64,
@@ -67,13 +68,14 @@ def write_scenes(
     """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
 
     - train: 40 % one object, 50 % two, 10 % three, with three or four captions each. Scenes of two come in
-      sixteens: the same two objects, four times in each relation, so that only the relation tells their captions apart.
+      fours, the same two objects in each relation, and half of them show one of twelve familiar pairs of objects.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
-      retrieval; every other ten hold an unseen pair (json `unseen`). Captions name every texture, colour and shape.
-    - combinations: `PICTURES_PER_CLASS` single objects for each unseen pair in each texture, with `.cls` labels and
+      retrieval; every other ten hold an unseen combination (json `unseen`). Captions name every texture, colour and
+      shape.
+    - combinations: `PICTURES_PER_CLASS` single objects for each unseen combination, with `.cls` labels and
       classnames.txt, for zero-shot.
     - relations: two objects with one true caption and, in json `reversed`, the false one with the same words; both
-      objects are of unseen pairs in every other sample (json `unseen`).
+      objects are unseen combinations in every other sample (json `unseen`).
 
     Raises ValueError where OUT is not empty.
     """
@@ -95,17 +97,20 @@ def write_scenes(
         (folder / "combinations" / "classnames.txt").write_text(names, "utf-8")
 
 
-def is_unseen(colour: str, shape: str) -> bool:
-    """True for pairs that never meet in training, for any seed: two shapes of each colour, two colours per shape."""
-    return (SHAPES.index(shape) + 3 * COLOURS.index(colour)) % 5 == 4
+def is_unseen(texture: str, colour: str, shape: str) -> bool:
+    """True for combinations that training never shows, for any seed: a quarter, spread evenly over all pairs.
+
+    Who knows only two of the three still has to choose: between two shapes, or about two colours.
+    """
+    return (TEXTURES.index(texture) + COLOURS.index(colour) + SHAPES.index(shape)) % 4 == 0
 
 
 def unseen_names() -> list[str]:
-    """List the zero-shot classes, each unseen pair in each texture: "striped red star"."""
+    """List the zero-shot classes, the unseen combinations: "striped red star"."""
     return [
         f"{texture} {colour} {shape}"
         for colour, shape, texture in product(COLOURS, SHAPES, TEXTURES)
-        if is_unseen(colour, shape)
+        if is_unseen(texture, colour, shape)
     ]
 
 
@@ -115,11 +120,12 @@ def train_sample(seed: int, index: int) -> Sample:
     rng = np.random.default_rng([seed, TRAIN, index])
     scene_seed = (seed, TRAIN, index)
     if num_things == 2:
-        # Pairs sit at odd indices. Sixteen in a row hold the same two objects, four times in each of their relations:
-        # often enough that a batch holds two of them, which only the relation tells apart.
-        group, member = divmod(index // 2, 4 * DRAWN_PER_RELATION)
-        member %= 4
-        names = _names(np.random.default_rng([seed, TWINS, group]), (False, False))
+        # Pairs sit at odd indices. Four in a row hold the same two objects in each of their four relations; half of
+        # these groups show one of a few familiar pairs, so that a batch holds pictures that only the relation tells
+        # apart.
+        group, member = divmod(index // 2, 4)
+        objects = group % NUM_FAMILIAR if group % 2 else NUM_FAMILIAR + group
+        names = _names(np.random.default_rng([seed, TWINS, objects]), (False, False))
         scene = _arrange(names[:: 1 if member < 2 else -1], ("row", "column")[member % 2], rng, scene_seed)
     else:
         scene = _scene(rng, scene_seed, (False,) * num_things)
@@ -146,7 +152,7 @@ def val_samples(seed: int, num_samples: int, known: set[tuple[str, ...]]) -> lis
 
 
 def combination_samples(seed: int) -> list[Sample]:
-    """Plan pictures of single objects of unseen pairs, in the order of `unseen_names`."""
+    """Plan pictures of single objects of unseen combinations, in the order of `unseen_names`."""
     samples = []
     for label, name in enumerate(unseen_names()):
         for index in range(label * PICTURES_PER_CLASS, (label + 1) * PICTURES_PER_CLASS):
@@ -172,7 +178,7 @@ def relation_samples(seed: int, known: set[tuple[str, ...]]) -> list[Sample]:
 
 
 def _scene(rng: np.random.Generator, scene_seed: tuple[int, ...], unseen: Sequence[bool]) -> Scene:
-    """Draw what is to be seen; `unseen` says of each object whether its pair is one that training never shows."""
+    """Draw what is to be seen; `unseen` says of each object whether it is one that training never shows."""
     arrangements = ARRANGEMENTS[len(unseen)]
     arrangement = arrangements[int(rng.integers(len(arrangements)))]
     return _arrange(_names(rng, unseen), arrangement, rng, scene_seed)
@@ -185,7 +191,7 @@ def _names(rng: np.random.Generator, unseen: Sequence[bool]) -> list[tuple[str, 
     while len(names) < len(unseen):
         texture = TEXTURES[0] if len(unseen) > 1 and rng.random() < 0.3 else TEXTURES[int(rng.integers(len(TEXTURES)))]
         pair = COLOURS[int(rng.integers(len(COLOURS)))], SHAPES[int(rng.integers(len(SHAPES)))]
-        if is_unseen(*pair) == bool(unseen[len(names)]) and pair not in pairs:
+        if is_unseen(texture, *pair) == bool(unseen[len(names)]) and pair not in pairs:
             pairs.add(pair)
             names.append((texture, *pair))
     return names
@@ -224,7 +230,7 @@ def _row(number: int, smallest: float, largest: float, rng: np.random.Generator)
 
 
 def _extra(scene: Scene) -> dict:
-    unseen = any(is_unseen(thing.colour, thing.shape) for thing in scene.things)
+    unseen = any(is_unseen(thing.texture, thing.colour, thing.shape) for thing in scene.things)
     return {"arrangement": scene.arrangement, "unseen": unseen, "objects": [thing._asdict() for thing in scene.things]}
 
 

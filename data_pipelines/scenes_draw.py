@@ -144,7 +144,7 @@ def _mask_and_rim(shape, side, centre, radius, angle, image_size) -> tuple[Image
 
 def _pattern(thing: Thing, side: int, centre: np.ndarray, full_side: int, rng: np.random.Generator) -> np.ndarray:
     """True where the pattern's colour goes; the pattern's period grows a little with the thing."""
-    period = full_side * (0.075 + 0.05 * thing.size)
+    period = full_side * (0.095 + 0.07 * thing.size)
     x, y = (np.arange(side, dtype=np.float32) - start + rng.uniform(0, period) for start in centre)
     y = y[:, None]
     if thing.texture == "striped":
@@ -191,13 +191,6 @@ def _cross(arm: float = 0.34) -> Polygon:
     return turned
 
 
-def _moon() -> Polygon:
-    """A crescent, open to the right: an outer arc and an inner one back."""
-    outer = [(math.cos(t) + 0.16, math.sin(t)) for t in np.radians(np.linspace(52, 308, 40))]
-    inner = [(0.76 * math.cos(t) + 0.6, 0.76 * math.sin(t)) for t in np.radians(np.linspace(262, 98, 24))]
-    return outer + inner
-
-
 # In a box from -1 to 1, y pointing down.
 OUTLINES: dict[str, list[Polygon]] = {
     "circle": [_ellipse(radius=0.95)],
@@ -208,6 +201,4 @@ OUTLINES: dict[str, list[Polygon]] = {
     "ring": [_ellipse(), _ellipse(radius=0.5)],
     "cross": [_cross()],
     "diamond": [[(0, -1.05), (0.74, 0), (0, 1.05), (-0.74, 0)]],
-    "moon": [_moon()],
-    "arrow": [[(0, -1), (0.9, 0), (0.36, 0), (0.36, 1), (-0.36, 1), (-0.36, 0), (-0.9, 0)]],
 }

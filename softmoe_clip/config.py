@@ -43,9 +43,9 @@ class ModelConfig:
 
     arch: str
     image_moe: MoEConfig | None = None
-    # Where every router_scale starts. The reference's 1 routes almost evenly at first, and takes thousands of steps to
-    # sharpen; a short run learns much faster from about 12.
+    # Starts for short runs, see models/starts.py; the defaults are the reference's.
     init_router_scale: float = 1.0
+    init_positions: Literal["normal", "sincos2d"] = "normal"
     init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
     init_logit_bias: float | None = None
 

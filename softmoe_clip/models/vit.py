@@ -45,7 +45,7 @@ SIZES = {
 # Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14; 32 for /32 as in the paper's Table 9; our choice
 # for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 1 % above those of its dense twin.
 TOWERS = (
-    Tower("demo", 8, (64,), num_experts=28, slots_per_expert=2),
+    Tower("demo", 8, (64,), num_experts=14, slots_per_expert=4),
     Tower("tiny", 16, (224, 256, 384), num_experts=128),
     Tower("small", 16, (224, 256, 384), num_experts=128),
     Tower("small", 14, (224, 256, 384), num_experts=256),
