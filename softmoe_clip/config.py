@@ -43,9 +43,7 @@ class ModelConfig:
 
     arch: str
     image_moe: MoEConfig | None = None
-    # Starts for short runs, see models/starts.py; the defaults are the reference's.
-    init_router_scale: float = 1.0
-    init_positions: Literal["normal", "sincos2d"] = "normal"
+    start: Literal["reference", "quick"] = "reference"  # quick: for runs of minutes, see models/starts.py
     init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
     init_logit_bias: float | None = None
 

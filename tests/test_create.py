@@ -79,6 +79,25 @@ def test_soft_moe_goes_into_the_native_vit_of_an_open_clip_json(tmp_path):
     assert model(torch.randn(2, 3, 32, 32), torch.randint(20, (2, 8)))["image_features"].shape == (2, 16)
 
 
+def test_a_quick_start_has_sharp_routers_quiet_blocks_and_positions_told_apart(demo):
+    assert {p.item() for name, p in demo.named_parameters() if name.endswith("router_scale")} == {1.0}
+    quick = create_model(ModelConfig("SoftMoE-demo", start="quick"))
+    assert {p.item() for name, p in quick.named_parameters() if name.endswith("router_scale")} == {12.0}
+    unit = torch.nn.functional.normalize(quick.visual.trunk.pos_embed[0], dim=-1)
+    likeness = (unit @ unit.T)[27].view(8, 8)  # of the patch in row 3, column 3, with all others
+    assert likeness.argmax() == 27
+    assert likeness[3, 4] > likeness[3, 6]
+    assert likeness[4, 3] > likeness[6, 3]
+    assert (
+        quick.visual.trunk.blocks[0].attn.proj.weight.std() < 0.3 * demo.visual.trunk.blocks[0].attn.proj.weight.std()
+    )
+
+
+def test_a_quick_start_needs_a_timm_tower_with_one_position_for_each_patch():
+    with pytest.raises(ValueError, match="quick needs a timm image tower"):
+        create_model(ModelConfig("ViT-S-32-alt", start="quick"))
+
+
 def test_new_models_squash_pictures_into_values_from_minus_one_to_one(demo):
     found = demo.visual.preprocess_cfg
     assert found["mean"] == found["std"] == [0.5, 0.5, 0.5]

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from softmoe_clip.config import ModelConfig, MoEConfig
-from softmoe_clip.models.starts import start_positions, start_routers
+from softmoe_clip.models.starts import start_quickly
 
 # How new models see pictures, as in the reference: values from -1 to 1, the whole picture squashed into a square.
 NEW_MODEL_PREPROCESS = {
@@ -31,9 +31,8 @@ def create_model(
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.ln_q.bias", "attn.ln_k.bias")):
             parameter.requires_grad_(False)
-    start_routers(model, config.init_router_scale)
-    if config.init_positions == "sincos2d":
-        start_positions(model)
+    if config.start == "quick":
+        start_quickly(model)
     return model
 
 
