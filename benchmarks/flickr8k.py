@@ -119,15 +119,17 @@ def machine() -> str:
     import os
     import platform
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown CPU")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return f"{os.cpu_count()} cores of {cpu}, {platform.system()}, Python {platform.python_version()}"
 
 
 def table(rows: dict[str, dict]) -> str:
     """Lay the rows out as Markdown."""
     names = [f"{way}/recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    titles = " | ".join(name.replace("_to_", " to ").replace("/recall", " R").replace("_", " ") for name in names)
     lines = [
-        "| image tower | steps | minutes | " + " | ".join(n.replace("_to_", "→").replace("/recall", " R") for n in names) + " |",
+        f"| image tower | steps | minutes | {titles} |",
         "| --- |" + " ---: |" * (len(names) + 2),
     ]
     key = "retrieval/flickr8k/"
