@@ -1,11 +1,12 @@
 """Plan and write the embedded data set: drawn scenes to train on, and held-out ones to measure with.
 
-A quarter of all combinations of texture, colour and shape (`is_unseen`) never occurs in training, neither drawn nor
+A fifth of all combinations of texture, colour and shape (`is_unseen`) never occurs in training, neither drawn nor
 told; any two of the three do.
 """
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
@@ -31,18 +32,20 @@ from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 PICTURES_PER_CLASS = 10
 NUM_RELATIONS = 500
 # Streams of random numbers: one per split, so that no set depends on the size of another.
-TRAIN, TWINS, VAL, COMBINATIONS, RELATIONS = range(5)
+TRAIN, TWINS, VAL, COMBINATIONS, RELATIONS, FAMILIAR = range(6)
 
 # How many things a scene holds, in turn over the indices of a split, so that every shard holds the whole mixture.
 TRAIN_THINGS = (1, 2, 1, 2, 1, 2, 1, 2, 3, 2)
 VAL_THINGS = (1, 2, 3, 2, 1, 2, 3, 2, 1, 2)
 ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
     1: ("single",),
-    2: ("row", "column"),
+    2: ("row", "column", "stack"),
     3: ("row", "column", "pyramid"),
 }
 
-NUM_FAMILIAR = 24  # odd groups only: twelve pairs of objects
+RELATION_NAMES = {"row": "left or right", "column": "above or below", "stack": "in front or behind"}
+
+NUM_FAMILIAR = 12  # pairs of objects
 
 MARGIN = 0.022
 GAP = 0.022
@@ -67,15 +70,15 @@ def write_scenes(
 ) -> None:
     """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
 
-    - train: 40 % one object, 50 % two, 10 % three, with three or four captions each. Scenes of two come in
-      fours, the same two objects in each relation, and half of them show one of twelve familiar pairs of objects.
+    - train: 40 % one object, 50 % two, 10 % three, with three to five captions each. Scenes of two come in
+      sixes, the same two objects in each relation, and half of them show one of twelve familiar pairs of objects.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen combination (json `unseen`). Captions name every texture, colour and
       shape.
     - combinations: `PICTURES_PER_CLASS` single objects for each unseen combination, with `.cls` labels and
       classnames.txt, for zero-shot.
     - relations: two objects with one true caption and, in json `reversed`, the false one with the same words; both
-      objects are unseen combinations in every other sample (json `unseen`).
+      objects are unseen combinations in every other sample (json `unseen`); json `relation` names the kind.
 
     Raises ValueError where OUT is not empty.
     """
@@ -98,11 +101,11 @@ def write_scenes(
 
 
 def is_unseen(texture: str, colour: str, shape: str) -> bool:
-    """True for combinations that training never shows, for any seed: a quarter, spread evenly over all pairs.
+    """True for combinations that training never shows, for any seed: a fifth, spread evenly over all pairs.
 
-    Who knows only two of the three still has to choose: between two shapes, or about two colours.
+    Who knows only two of the three still has to choose: mostly between two shapes, always between two colours.
     """
-    return (TEXTURES.index(texture) + COLOURS.index(colour) + SHAPES.index(shape)) % 4 == 0
+    return (TEXTURES.index(texture) + COLOURS.index(colour) + SHAPES.index(shape)) % 5 == 0
 
 
 def unseen_names() -> list[str]:
@@ -120,16 +123,31 @@ def train_sample(seed: int, index: int) -> Sample:
     rng = np.random.default_rng([seed, TRAIN, index])
     scene_seed = (seed, TRAIN, index)
     if num_things == 2:
-        # Pairs sit at odd indices. Four in a row hold the same two objects in each of their four relations; half of
+        # Pairs sit at odd indices. Six in a row hold the same two objects in each of their six relations; half of
         # these groups show one of a few familiar pairs, so that a batch holds pictures that only the relation tells
         # apart.
-        group, member = divmod(index // 2, 4)
-        objects = group % NUM_FAMILIAR if group % 2 else NUM_FAMILIAR + group
-        names = _names(np.random.default_rng([seed, TWINS, objects]), (False, False))
-        scene = _arrange(names[:: 1 if member < 2 else -1], ("row", "column")[member % 2], rng, scene_seed)
+        group, member = divmod(index // 2, 6)
+        twins = np.random.default_rng([seed, TWINS, group])
+        names = familiar_pairs(seed)[group // 2 % NUM_FAMILIAR] if group % 2 else _names(twins, (False, False))
+        scene = _arrange(names[:: 1 if member < 3 else -1], ARRANGEMENTS[2][member % 3], rng, scene_seed)
     else:
         scene = _scene(rng, scene_seed, (False,) * num_things)
     return Sample(scene, captions(scene, rng), _extra(scene))
+
+
+@cache
+def familiar_pairs(seed: int) -> list[list[tuple[str, str, str]]]:
+    """Choose the pairs of objects that training shows most often; colours and shapes are dealt out evenly."""
+    rng = np.random.default_rng([seed, FAMILIAR])
+    num_objects = 2 * NUM_FAMILIAR
+    colours, shapes = (
+        [words[i] for _ in range(num_objects) for i in rng.permutation(len(words))] for words in (COLOURS, SHAPES)
+    )
+    objects = []
+    for colour, shape in zip(colours[:num_objects], shapes, strict=False):
+        seen = [texture for texture in TEXTURES if not is_unseen(texture, colour, shape)]
+        objects.append((seen[int(rng.integers(len(seen)))], colour, shape))
+    return [objects[first : first + 2] for first in range(0, num_objects, 2)]
 
 
 def val_samples(seed: int, num_samples: int, known: set[tuple[str, ...]]) -> list[Sample]:
@@ -173,7 +191,8 @@ def relation_samples(seed: int, known: set[tuple[str, ...]]) -> list[Sample]:
             if first.colour != second.colour and first.shape != second.shape and scene.description not in known:
                 break
         caption, false = relation_and_reversed(scene, "colour and shape", rng)
-        samples.append(Sample(scene, (caption,), {"reversed": false, **_extra(scene)}))
+        told = {"reversed": false, "relation": RELATION_NAMES[scene.arrangement]}
+        samples.append(Sample(scene, (caption,), {**told, **_extra(scene)}))
     return samples
 
 
@@ -198,11 +217,15 @@ def _names(rng: np.random.Generator, unseen: Sequence[bool]) -> list[tuple[str, 
 
 
 def _arrange(names, arrangement: Arrangement, rng: np.random.Generator, scene_seed: tuple[int, ...]) -> Scene:
-    """Place named objects so that they neither touch each other nor the border, and no relation is in doubt."""
+    """Place named objects clear of the border and, unless they are stacked, of each other; no relation is in doubt."""
     if arrangement == "single":
-        size = rng.uniform(0.48, 0.78)
+        size = rng.uniform(0.62, 0.86)
         x, y = rng.uniform(MARGIN + size / 2, 1 - MARGIN - size / 2, 2)
         spots = [(size, x, y)]
+    elif arrangement == "stack":
+        back = rng.uniform(0.72, 0.86)
+        centre = rng.uniform(MARGIN + back / 2, 1 - MARGIN - back / 2, 2)
+        spots = [(rng.uniform(0.36, 0.44), *(centre + rng.uniform(-0.1, 0.1, 2))), (back, *centre)]
     elif arrangement == "pyramid":
         top = rng.uniform(0.30, 0.40)
         spots = [(top, rng.uniform(0.35, 0.65), MARGIN + top / 2 + rng.uniform(0, 0.04))]

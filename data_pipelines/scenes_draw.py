@@ -35,15 +35,13 @@ def draw(scene: Scene, image_size: int = 64) -> Image.Image:
     """Draw the scene as an RGB picture of `image_size` x `image_size` pixels, the same for the same scene."""
     rng = np.random.default_rng([*scene.seed, 1])
     picture = _background(image_size, rng)
-    patches = [_patch(thing, image_size, rng) for thing in scene.things]
-    shadow = Image.new("L", picture.size)
     drop = max(1, round(image_size / 48))
-    for patch, (left, top) in patches:
-        alpha = patch.getchannel("A")
-        shadow.paste(SHADOW, (left + drop // 2, top + drop), alpha)
-    picture.paste((20, 22, 30), mask=shadow.filter(ImageFilter.GaussianBlur(image_size / 40)))
-    for patch, corner in patches:
-        picture.paste(patch, corner, patch)
+    for thing in reversed(scene.things):  # from back to front
+        patch, (left, top) = _patch(thing, image_size, rng)
+        shadow = Image.new("L", picture.size)
+        shadow.paste(SHADOW, (left + drop // 2, top + drop), patch.getchannel("A"))
+        picture.paste((20, 22, 30), mask=shadow.filter(ImageFilter.GaussianBlur(image_size / 40)))
+        picture.paste(patch, (left, top), patch)
     return picture
 
 

@@ -1,6 +1,7 @@
 """Tell a true caption from the same caption with its relation reversed: chance is one half, by construction."""
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,15 +14,21 @@ from softmoe_clip.eval.results import Results
 
 
 def relations(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results:
-    """Return the share of pictures closer to their true caption than to the reversed one; a tie counts half."""
+    """Return the share of pictures closer to their true caption than to the reversed one; a tie counts half.
+
+    Samples whose json names a `relation` are also counted by it: `left or right/accuracy`.
+    """
     data = open_data(suite.place(task.data))
     pictures = encoder.image_set(data)
     pairs = [caption_pair(data.read(index)) for index in pictures.indices]
-    texts = encoder.texts([text for pair in pairs for text in pair]).reshape(len(pairs), 2, -1)
-    scores = np.einsum("bz,btz->bt", pictures.embeddings, texts)
+    texts = encoder.texts([text for pair in pairs for text in pair.captions]).reshape(len(pairs), 2, -1)
+    right = preferred(np.einsum("bz,btz->bt", pictures.embeddings, texts))
+    metrics = {"accuracy": float(right.mean())}
+    for relation in sorted({pair.relation for pair in pairs if pair.relation}):
+        metrics[f"{relation}/accuracy"] = float(right[[pair.relation == relation for pair in pairs]].mean())
     return Results(
-        metrics={"accuracy": float(preferred(scores).mean())},
-        chance={"accuracy": 0.5},
+        metrics=metrics,
+        chance=dict.fromkeys(metrics, 0.5),
         meta={"num_pictures": len(pairs), "skipped": pictures.skipped},
     )
 
@@ -32,11 +39,18 @@ def preferred(scores: np.ndarray) -> np.ndarray:
     return np.where(np.abs(ahead) <= TIE, 0.5, ahead > 0)
 
 
-def caption_pair(sample: RawSample) -> tuple[str, str]:
-    """Read the true and the reversed caption from a sample's json."""
+class CaptionPair(NamedTuple):
+    """The true caption and the reversed one, and which relation they are about, if that is said."""
+
+    captions: tuple[str, str]
+    relation: str
+
+
+def caption_pair(sample: RawSample) -> CaptionPair:
+    """Read both captions from a sample's json."""
     try:
         content = json.loads(sample.members["json"])
-        return str(content["caption"]), str(content["reversed"])
+        return CaptionPair((str(content["caption"]), str(content["reversed"])), str(content.get("relation", "")))
     except (KeyError, TypeError, ValueError):
         where = f"sample {sample.key} in {sample.shard}"
         raise ValueError(f'{where} has no json with "caption" and "reversed", which a relations task needs') from None

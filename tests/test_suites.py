@@ -55,7 +55,12 @@ def root(tmp_path):
     (tmp_path / "labelled" / "classnames.txt").write_text("red\ngreen\nblue\n")
     with ShardWriter(tmp_path / "captioned") as writer:
         for colour in ("red", "green", "blue"):
-            writer.add(picture(colour), "png", [f"a {colour} thing", f"this is {colour}"], {"reversed": "white"})
+            writer.add(
+                picture(colour),
+                "png",
+                [f"a {colour} thing", f"this is {colour}"],
+                {"reversed": "white", "relation": "to white"},
+            )
         writer.add(b"broken", "png", ["a red thing"])
     for name, colour in (("n1", "red"), ("n2", "blue")):
         (tmp_path / "folders" / "val" / name).mkdir(parents=True)
@@ -91,6 +96,7 @@ def test_every_kind_of_task_gives_numbers_with_chance_under_the_same_names(root)
     assert found.chance["retrieval/colours/image_to_text/recall@5"] == 1
     assert found.metrics["relations/colours/accuracy"] == 1
     assert found.chance["relations/colours/accuracy"] == 0.5
+    assert found.metrics["relations/colours/to white/accuracy"] == 1
     assert found.details["zero_shot/shards"]["per_class"] == [
         {"name": "red", "top1": 1.0, "num_pictures": 1},
         {"name": "green", "top1": 1.0, "num_pictures": 2},
