@@ -169,6 +169,26 @@ def compare(results: list[Path]):
 
 
 @app.command()
+def soup(
+    models_and_out: Annotated[list[str], typer.Argument(metavar="MODEL... OUT", help="two models or more, then OUT")],
+    weights: Annotated[str | None, typer.Option(help="one for each model, as in 0.7,0.3; equal if not given")] = None,
+    suite: Annotated[Path | None, typer.Option(help="greedy: keep a model only where --metric gets no worse")] = None,
+    metric: Annotated[str | None, typer.Option(help="a metric of the suite; larger is better")] = None,
+):
+    """Average the weights of models that share a start: uniform, weighted (WiSE-FT), or greedy with a suite.
+
+    Example: softmoe-clip soup runs/a runs/b soup --weights 0.7,0.3
+    """
+    from softmoe_clip.models.soup import greedy_soup_by_suite, numbers, soup
+
+    *models, out = models_and_out
+    if suite is None:
+        print(soup(models, out, numbers(weights)))
+    else:
+        print(" ".join(greedy_soup_by_suite(models, out, suite, metric)))
+
+
+@app.command()
 def embed(
     model: str,
     shards: str,

@@ -94,6 +94,8 @@ class TrainConfig:
     samples: int | None = None
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    init: str | None = None  # a model to start from: a run, a model folder, or one of open_clip's
+    freeze: tuple[str, ...] = ()  # regular expressions; what they find in the parameters' names is not trained
     log_every: int = 10
     checkpoint_every: int = 200
     keep_last: int = 2

@@ -54,7 +54,8 @@ def whole_run(tiny_settings, tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_says(whole_run, scenes):
     names = {path.name for path in whole_run.iterdir()}
-    assert names == {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"}
+    files = {"config.yaml", "versions.json", "trained_parameters.txt", "metrics.jsonl"}
+    assert names == files | {"tensorboard", "checkpoints", "model"}
     assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     lines = metrics(whole_run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

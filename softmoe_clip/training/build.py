@@ -6,18 +6,23 @@ import torch
 
 from softmoe_clip.config import ModelConfig, TrainConfig
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer, load_tokenizer, open_clip_tokenizer
+from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config, read_architecture
 from softmoe_clip.models.store import LoadedModel, transform_of
+from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 
 def build(config: TrainConfig) -> LoadedModel:
-    """Create the model of a run; the same seed gives the same weights."""
+    """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights."""
     context_length = read_architecture(config.model.arch)["text_cfg"].get("context_length", 77)
     tokenizer = run_tokenizer(config.tokenizer, context_length)
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
     model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    if config.init is not None:
+        continue_from(model, config.init, tokenizer)
+    freeze(model, config.freeze)
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 

@@ -21,6 +21,7 @@ from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.build import build
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
+from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = adamw(towers, config.optim)
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
+        (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
     model, optimizer = accelerator.prepare(towers, optimizer)
@@ -65,6 +67,7 @@ def train(config: TrainConfig) -> Path:
         cut_back_ledger(ledger, done.step)
         num_replaced = len(read_ledger(ledger))
         say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
+        say(f"trained parameters: {in_words(towers)}")
         if done.step:
             say(f"going on after step {done.step} of {config.last_step}")
 
@@ -94,7 +97,7 @@ def train(config: TrainConfig) -> Path:
     )
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
     with log, stop_signals() as stop, bar as advance:
-        model.train()
+        train_mode(model)
         since, pairs_since = perf_counter(), 0
         for batch in batches:
             step = done.step + 1
@@ -151,7 +154,7 @@ def train(config: TrainConfig) -> Path:
                     if "val/loss" in numbers:
                         say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
                 accelerator.wait_for_everyone()
-                model.train()
+                train_mode(model)
                 since, pairs_since = perf_counter(), 0
             if stopping or every(config.checkpoint_every, step, config.last_step):
                 checkpoint()

@@ -1,0 +1,51 @@
+"""Start a new model from the weights of another one, also at another resolution."""
+
+from torch import Tensor, nn
+
+from softmoe_clip.models.store import load
+
+PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
+NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
+
+
+def continue_from(model: nn.Module, source: str, tokenizer) -> None:
+    """Fill `model` with the weights of `source` (whatever `load` takes); image positions are resized, slots are kept.
+
+    Raises ValueError where the two are not built alike, or where the tokenizer is not the one of `source`.
+    """
+    loaded = load(source)
+    ours, theirs = model.state_dict(), loaded.model.state_dict()
+    resize_positions(theirs, model)
+    check_alike(ours, theirs, source)
+    for text in PROBES:
+        # Compared after the weights: another vocabulary size has been named by now.
+        if not (tokenizer([text])[0] == loaded.tokenizer([text])[0]).all():
+            raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
+    model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
+
+
+def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Resize the positions of an image tower, in place: timm's way for its trunks, open_clip's for its own towers."""
+    import open_clip
+    from timm.layers import resample_abs_pos_embed
+
+    open_clip.model.resize_pos_embed(state, model)
+    trunk, name = getattr(model.visual, "trunk", None), "visual.trunk.pos_embed"
+    positions = getattr(trunk, "pos_embed", None)
+    if positions is not None and name in state and state[name].shape != positions.shape:
+        grid = trunk.patch_embed.grid_size
+        state[name] = resample_abs_pos_embed(state[name], new_size=grid, num_prefix_tokens=trunk.num_prefix_tokens)
+
+
+def check_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], source: str) -> None:
+    """Refuse weights that are missing, too many, or of another shape, naming the first of them."""
+    missing = sorted(ours.keys() - theirs.keys() - NEW_WHERE_MISSING)
+    extra = sorted(theirs.keys() - ours.keys() - NEW_WHERE_MISSING)
+    other = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
+    complaints = [
+        *(f"it has no {name}" for name in missing[:1]),
+        *(f"it has {name} too" for name in extra[:1]),
+        *(f"{name} is {list(theirs[name].shape)} there, {list(ours[name].shape)} here" for name in other[:1]),
+    ]
+    if complaints:
+        raise ValueError(f"init: {source} is not built as `model` says: {'; '.join(complaints)}")

@@ -1,0 +1,95 @@
+"""Average the weights of models that share a start (Wortsman et al., 2022, arXiv 2203.05482; WiSE-FT, 2109.01903)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from softmoe_clip.models.store import LoadedModel, load, save
+
+State = dict[str, Tensor]
+
+
+def soup(models: Sequence[str], out: str | Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the weighted mean of models to OUT; without weights, all count the same.
+
+    Weights are divided by their sum. Raises ValueError for models that are not built alike.
+    """
+    loaded = loaded_alike(models)
+    shares = [1.0] * len(models) if weights is None else list(weights)
+    if len(shares) != len(models) or sum(shares) == 0:
+        raise ValueError(f"soup needs one weight for each of the {len(models)} models, not all zero; got {shares}")
+    mixture = loaded[0]
+    mixture.model.load_state_dict(mean([one.model.state_dict() for one in loaded], shares))
+    save(mixture, out)
+    return Path(out)
+
+
+def greedy_soup(models: Sequence[str], out: str | Path, score: Callable[[LoadedModel], float]) -> list[str]:
+    """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it."""
+    loaded = loaded_alike(models)
+    scores = [score(one) for one in loaded]
+    first, *others = sorted(range(len(models)), key=lambda i: -scores[i])
+    states = [{name: tensor.clone() for name, tensor in one.model.state_dict().items()} for one in loaded]
+    mixture, best, taken = loaded[0], scores[first], [first]
+    for i in others:
+        tried = [*taken, i]
+        mixture.model.load_state_dict(mean([states[j] for j in tried], [1.0] * len(tried)))
+        if (value := score(mixture)) >= best:
+            best, taken = value, tried
+    mixture.model.load_state_dict(mean([states[i] for i in taken], [1.0] * len(taken)))
+    save(mixture, out)
+    return [models[i] for i in taken]
+
+
+def greedy_soup_by_suite(models: Sequence[str], out: str | Path, suite: str | Path, metric: str | None) -> list[str]:
+    """Score by one metric of a suite, the larger the better; never use the split that the final numbers come from."""
+    from softmoe_clip.config import find_config
+    from softmoe_clip.eval.encoder import Encoder
+    from softmoe_clip.eval.suites import load_suite, run_suite
+
+    tasks = load_suite(find_config(suite))
+
+    def score(loaded: LoadedModel) -> float:
+        found = run_suite(Encoder(loaded.model, loaded.tokenizer, loaded.transform, "cpu"), tasks).metrics
+        if metric not in found:
+            raise ValueError(f"--metric must be one of the suite's: {', '.join(found)}; got {metric}")
+        return found[metric]
+
+    return greedy_soup(models, out, score)
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Read "0.7,0.3"."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights must be numbers with commas between, as in 0.7,0.3; got {text}") from None
+
+
+def loaded_alike(models: Sequence[str]) -> list[LoadedModel]:
+    """Load all models; their configs, and so the meaning of each weight, must be the same."""
+    if len(models) < 2:
+        raise ValueError("soup needs two models or more, then the folder to write")
+    loaded = [load(model) for model in models]
+    for name, one in zip(models, loaded, strict=True):
+        if one.config is None or one.config != loaded[0].config:
+            raise ValueError(f"soup: {name} is not built as {models[0]}: only model folders of one architecture mix")
+    return loaded
+
+
+def mean(states: Sequence[State], shares: Sequence[float]) -> State:
+    """Average tensors in float64; what holds no fractions is taken from the first."""
+    total = sum(shares)
+
+    def average(name: str) -> Tensor:
+        first = states[0][name]
+        if not first.is_floating_point():
+            return first
+        parts = [state[name].double() * (share / total) for state, share in zip(states, shares, strict=True)]
+        return torch.stack(parts).sum(0).to(first.dtype)
+
+    return {name: average(name) for name in states[0]}
