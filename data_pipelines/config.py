@@ -16,6 +16,9 @@ class DataConfig:
     flip: bool = False
     num_workers: int = 2
     shuffle_captions: bool = False  # a control: pictures with captions of others, which must teach nothing
+    # crop: random crops; none: the whole picture as evaluation sees it, which is also what `image_features` holds.
+    augment: Literal["crop", "none"] = "crop"
+    image_features: str | None = None  # a folder of `embed --features trunk`, taken instead of pictures (LiT)
 
     def __post_init__(self):
         # omegaconf hands tuples over as lists; a frozen dataclass should stay hashable.
@@ -24,6 +27,12 @@ class DataConfig:
             raise ValueError("data.train is empty: give a folder of shards or a pattern such as shards/{00..09}.tar")
         if self.caption not in ("random", "first"):
             raise ValueError(f"data.caption must be random or first, got {self.caption!r}")
+        if self.augment not in ("crop", "none"):
+            raise ValueError(f"data.augment must be crop or none, got {self.augment!r}")
+        if self.augment == "none" and self.flip:
+            raise ValueError("data.augment is none, but data.flip is true: pictures cannot be mirrored then")
+        if self.image_features is not None and self.augment != "none":
+            raise ValueError("data.image_features are those of whole pictures: set data.augment=none with it")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.ledger import Replacement
 from softmoe_clip.data_pipelines.order import sample_at, substitute_at
+from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.samples import BadSample, Pair, read_pair
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer
-from softmoe_clip.data_pipelines.transforms import Augment, decode_crop
 from softmoe_clip.data_pipelines.workers import computed_in_order
 
 MAX_SUBSTITUTES = 20
@@ -25,7 +25,7 @@ MAX_SUBSTITUTES = 20
 class Batch(NamedTuple):
     """One process's part of a global batch; row i stands at positions[i] of the global order."""
 
-    images: UInt8[Tensor, "b 3 y x"]
+    images: UInt8[Tensor, "b 3 y x"] | Float[Tensor, "b 3 y x"] | Float[Tensor, "b d"]  # see `pictures`
     token_ids: Int64[Tensor, "b l"]
     keys: list[str]
     captions: list[str]
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 class Example(NamedTuple):
     """What one position gives: pixels, the caption that was drawn, and what had to be replaced on the way."""
 
-    image: UInt8[Tensor, "3 y x"]
+    image: Tensor
     caption: str
     key: str
     replaced: list[Replacement]
@@ -46,8 +46,7 @@ def train_batches(
     shards: ShardSet,
     tokenizer: Tokenizer,
     *,
-    image_size: int,
-    augment: Augment,
+    picture: Picture,
     batch_size: int,
     seed: int,
     start: int = 0,
@@ -71,7 +70,7 @@ def train_batches(
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if shuffle_captions and len(shards) < 2:
         raise ValueError("shuffle_captions needs two samples or more")
-    draws = Draws(shards, image_size, augment, seed, caption, shuffle_captions)
+    draws = Draws(shards, picture, seed, caption, shuffle_captions)
     local_size = batch_size // world_size
     first = start + rank * local_size
     batches = TrainBatches(draws, tokenizer, first, local_size, batch_size, num_batches)
@@ -109,11 +108,10 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class Draws:
-    """What stands at each position: sample, crop and caption, all drawn from (seed, position)."""
+    """What stands at each position: sample, caption and picture, all drawn from (seed, position)."""
 
     shards: ShardSet
-    image_size: int
-    augment: Augment
+    picture: Picture
     seed: int
     caption: Literal["random", "first"]
     shuffle_captions: bool
@@ -122,14 +120,14 @@ class Draws:
         """Make the examples of some positions; their bytes are read in the order they lie on disk."""
         samples = [sample_at(self.seed, len(self.shards), position) for position in positions]
         raws = {sample: self.shards.read(sample) for sample in sorted(set(samples))}
-        return [self.example(position, raws[sample]) for position, sample in zip(positions, samples, strict=True)]
+        return [self.example(*place, raws[place[1]]) for place in zip(positions, samples, strict=True)]
 
-    def example(self, position: int, raw: RawSample) -> Example:
+    def example(self, position: int, sample: int, raw: RawSample) -> Example:
         """Make the example of a position, from its own sample or from the first substitute that is good."""
         bad: list[BadSample] = []
         while True:
             try:
-                image, caption = self.pixels_and_caption(position, raw)
+                image, caption = self.picture_and_caption(position, sample, raw)
                 replaced = [Replacement(position, b.key, b.shard, b.reason, raw.key) for b in bad]
                 return Example(image, caption, raw.key, replaced)
             except BadSample as error:
@@ -139,16 +137,17 @@ class Draws:
                     f"nearly all samples are bad: {len(bad)} in a row at position {position}, the last is {bad[-1]}; "
                     "run `softmoe-clip check` on these shards"
                 )
-            raw = self.shards.read(substitute_at(self.seed, len(self.shards), position, len(bad) - 1))
+            sample = substitute_at(self.seed, len(self.shards), position, len(bad) - 1)
+            raw = self.shards.read(sample)
 
-    def pixels_and_caption(self, position: int, raw: RawSample) -> tuple[UInt8[Tensor, "3 y x"], str]:
+    def picture_and_caption(self, position: int, sample: int, raw: RawSample) -> tuple[Tensor, str]:
         """Draw from a generator of this position alone, the caption first, then the crop."""
         pair = captioned(raw)
         rng = np.random.default_rng([self.seed, position])
         captions = self.captions_of_another(pair, rng) if self.shuffle_captions else pair.captions
         caption = captions[rng.integers(len(captions))] if self.caption == "random" else captions[0]
         try:
-            return decode_crop(pair.image, self.image_size, self.augment, rng), caption
+            return self.picture(pair.image, sample, rng), caption
         except ValueError as error:
             raise BadSample(pair.key, pair.shard, str(error)) from None
 

@@ -90,9 +90,11 @@ def resized_crop(
 
 
 def normalise(
-    images: UInt8[Tensor, "b 3 y x"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "b 3 y x"]:
-    """Turn pixels into what the towers take, on the device the batch is on."""
+    images: UInt8[Tensor, "b 3 y x"] | Float[Tensor, "b ..."], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "b ..."]:
+    """Turn pixels into what the towers take, on the device the batch is on; floats are that already."""
+    if images.is_floating_point():
+        return images
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
     return (images / 255 - mean) / std
 

@@ -193,6 +193,10 @@ def embed(
     model: str,
     shards: str,
     out: Path,
+    features: Annotated[
+        str, typer.Option(help="embedding: unit vectors, to search; trunk: the image tower's output, to train on (LiT)")
+    ] = "embedding",
+    dtype: Annotated[str, typer.Option(help="float32 or float16, on disk")] = "float32",
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
@@ -204,7 +208,8 @@ def embed(
     from softmoe_clip.models.store import load_encoder
     from softmoe_clip.search.embed import embed
 
-    embed(load_encoder(model, device, precision, batch_size), shards, out, model_name=model)
+    encoder = load_encoder(model, device, precision, batch_size)
+    embed(encoder, shards, out, model_name=model, dtype=dtype, features=features)
 
 
 @app.command()

@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 
 from softmoe_clip.data_pipelines.loader import Draws, TrainBatches, eval_batches, train_batches
+from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import Augment, eval_transform
 from softmoe_clip.data_pipelines.workers import computed_in_order
 
+CROP = RandomCrop(16, Augment())
 DATA = os.environ.get("SOFTMOE_CLIP_DATA")
 
 
@@ -73,7 +75,8 @@ def shards(tmp_path_factory):
 
 
 def batches(shards, **changes):
-    options = {"image_size": 16, "augment": Augment(flip=True), "batch_size": 8, "seed": 5, "num_batches": 10}
+    picture = RandomCrop(changes.pop("image_size", 16), Augment(flip=True))
+    options = {"picture": picture, "batch_size": 8, "seed": 5, "num_batches": 10}
     return list(train_batches(shards, Letters(), **{**options, **changes}))
 
 
@@ -182,11 +185,9 @@ def test_no_warning_leaks_even_with_threads_and_more_workers_than_cores(shards):
 
 def test_wrong_sizes_are_refused_before_anything_is_read(shards):
     with pytest.raises(ValueError, match="must divide by the 3 processes"):
-        train_batches(
-            shards, Letters(), image_size=8, augment=Augment(), batch_size=8, seed=0, num_batches=1, world_size=3
-        )
+        train_batches(shards, Letters(), picture=CROP, batch_size=8, seed=0, num_batches=1, world_size=3)
     with pytest.raises(ValueError, match="seed must be 0 or more"):
-        train_batches(shards, Letters(), image_size=8, augment=Augment(), batch_size=8, seed=-1, num_batches=1)
+        train_batches(shards, Letters(), picture=CROP, batch_size=8, seed=-1, num_batches=1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -221,7 +222,7 @@ def test_evaluation_meets_each_good_sample_once_in_order(shards, batch_size, num
 
 
 def test_everything_a_worker_needs_can_be_pickled(shards):
-    draws = Draws(shards, 16, Augment(), 0, "random", False)
+    draws = Draws(shards, CROP, 0, "random", False)
     items = TrainBatches(draws, Letters(), 0, 4, 4, 2)
     again = pickle.loads(pickle.dumps(items))
     assert torch.equal(again[1].images, items[1].images)
@@ -248,13 +249,14 @@ def test_a_worker_that_dies_is_one_sentence():
 ABANDON = """
 import os, signal, sys, time
 from softmoe_clip.data_pipelines.loader import train_batches
+from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import Augment
 sys.path.insert(0, {tests!r})
 from test_loader import Letters
 signal.signal(signal.SIGINT, lambda *_: None)
 signal.signal(signal.SIGTERM, lambda *_: None)
-batches = train_batches(ShardSet.open({shards!r}), Letters(), image_size=16, augment=Augment(), batch_size=8, seed=0,
+batches = train_batches(ShardSet.open({shards!r}), Letters(), picture=RandomCrop(16, Augment()), batch_size=8, seed=0,
                         num_batches=10_000, num_workers=2)
 next(batches)
 print("ready", flush=True)

@@ -32,20 +32,26 @@ def embed(
     model_name: str = "",
     dtype: Literal["float32", "float16"] = "float32",
     num_workers: int = 0,
+    features: Literal["embedding", "trunk"] = "embedding",
 ) -> EmbedReport:
     """Write one row per picture: its unit vector, the unit vector of its first caption, and what is known about it.
 
+    With `features` "trunk": what the image tower gives before its head, to train text towers on; no captions then.
     `model_name` is the MODEL that made the vectors, so that `search` can load it again. Nothing is left at OUT when the
     work is broken off; an OUT that already holds files is refused with a ValueError.
     """
     if rows_per_file < 1:
         raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
+    if features not in ("embedding", "trunk") or dtype not in ("float32", "float16"):
+        raise ValueError(
+            f"--features must be embedding or trunk, --dtype float32 or float16; got {features!r} and {dtype!r}"
+        )
     shards = ShardSet.open(str(shards_pattern) if isinstance(shards_pattern, Path) else shards_pattern)
     with new_folder(Path(out)) as folder:
-        for kind in KINDS:
+        for kind in kinds_of(features):
             (folder / kind).mkdir()
         num_rows, skipped = 0, []
-        rows = embedded_rows(encoder, shards, num_workers, skipped)
+        rows = embedded_rows(encoder, shards, num_workers, skipped, features)
         for part, chunk in enumerate(chunks(rows, rows_per_file)):
             num_rows, width = num_rows + len(chunk), len(chunk[0]["image"])
             write_part(folder, part, chunk, dtype)
@@ -60,6 +66,7 @@ def embed(
             "num_rows": num_rows,
             "width": width,
             "dtype": dtype,
+            "features": features,
             "rows_per_file": rows_per_file,
             "skipped": skipped,
         }
@@ -67,7 +74,12 @@ def embed(
     return EmbedReport(str(out), num_rows, width, skipped)
 
 
-def embedded_rows(encoder, shards: ShardSet, num_workers: int, skipped: list[dict]) -> Iterator[dict]:
+def kinds_of(features: str) -> list[str]:
+    """Name the folders that are written."""
+    return [kind for kind in KINDS if kind != "text_emb" or features == "embedding"]
+
+
+def embedded_rows(encoder, shards: ShardSet, num_workers: int, skipped: list[dict], features: str) -> Iterator[dict]:
     """Yield one dict per readable sample, in shard order; what can't be read is appended to `skipped`."""
     from softmoe_clip.data_pipelines.loader import eval_batches
 
@@ -77,10 +89,21 @@ def embedded_rows(encoder, shards: ShardSet, num_workers: int, skipped: list[dic
             advance(len(batch.keys) + len(batch.skipped))
             if not batch.keys:
                 continue
-            images = encoder.images(batch.images)
-            texts = encoder.texts([captions[0] if captions else "" for captions in batch.captions])
+            if features == "trunk":
+                images, texts = trunk_rows(encoder, batch.images), [None] * len(batch.keys)
+            else:
+                images = encoder.images(batch.images)
+                texts = encoder.texts([captions[0] if captions else "" for captions in batch.captions])
             for image, text, sample, captions in zip(images, texts, batch.indices, batch.captions, strict=True):
                 yield {"image": image, "text": text, **describe(shards, sample, captions)}
+
+
+def trunk_rows(encoder, images) -> np.ndarray:
+    """Run the image tower without its head: float32 (b, d), not normalised."""
+    from softmoe_clip.models.trunk import trunk_features
+
+    with encoder.evaluating():
+        return trunk_features(encoder.model, images.to(encoder.device)).float().cpu().numpy()
 
 
 def describe(shards: ShardSet, sample: int, captions: tuple[str, ...]) -> dict:
@@ -109,8 +132,10 @@ def write_part(folder: Path, part: int, rows: list[dict], dtype: str) -> None:
     import pyarrow.parquet as pq
 
     name = f"{part:04d}"
-    np.save(folder / f"img_emb/img_emb_{name}.npy", np.stack([row.pop("image") for row in rows]).astype(dtype))
-    np.save(folder / f"text_emb/text_emb_{name}.npy", np.stack([row.pop("text") for row in rows]).astype(dtype))
+    for kind, key in (("img_emb", "image"), ("text_emb", "text")):
+        vectors = [row.pop(key) for row in rows]
+        if vectors[0] is not None:
+            np.save(folder / f"{kind}/{kind}_{name}.npy", np.stack(vectors).astype(dtype))
     text, count = pa.string(), pa.int64()
     columns = {"image_path": text, "caption": text, "captions": pa.list_(text), "key": text, "shard": text}
     columns |= {"sample": count, "width": count, "height": count}

@@ -43,6 +43,9 @@ def check_rows(embeddings: Path) -> None:
 
     if not embeddings.is_dir():
         raise ValueError(f"no folder of embeddings at {embeddings}: write one with `softmoe-clip embed`")
+    meta = embeddings / "meta.json"
+    if meta.exists() and json.loads(meta.read_text("utf-8")).get("features") == "trunk":
+        raise ValueError(f"{embeddings} holds trunk features, to train on: embed once more without --features trunk")
     parts = part_files(embeddings, "img_emb")
     if not parts:
         raise ValueError(f"{embeddings} holds no img_emb/img_emb_*.npy: write it with `softmoe-clip embed`")

@@ -2,13 +2,20 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from softmoe_clip.config import ModelConfig, TrainConfig
+from softmoe_clip.data_pipelines.images import decode_rgb
+from softmoe_clip.data_pipelines.pictures import Features, Picture, RandomCrop, Whole
+from softmoe_clip.data_pipelines.samples import read_pair
+from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer, load_tokenizer, open_clip_tokenizer
+from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config, read_architecture
 from softmoe_clip.models.store import LoadedModel, transform_of
+from softmoe_clip.models.trunk import check_features
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
@@ -25,6 +32,21 @@ def build(config: TrainConfig) -> LoadedModel:
     freeze(model, config.freeze)
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length)
     return LoadedModel(model, tokenizer, transform_of(model), written)
+
+
+def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet) -> Picture:
+    """Choose what the towers are shown: random crops, whole pictures, or features that a frozen trunk gave before."""
+    data = config.data
+    if data.image_features is not None:
+        features = Features(data.image_features)
+        features.check_shards(shards)
+        first = int(features.samples[0])
+        image = decode_rgb(read_pair(shards.read(first)).image)
+        check_features(loaded, image, features(b"", first, np.random.default_rng()), data.image_features)
+        return features
+    if data.augment == "none":
+        return Whole(loaded.transform)
+    return RandomCrop(loaded.image_size, Augment(crop_scale=data.crop_scale, flip=data.flip))
 
 
 def run_tokenizer(name: str, context_length: int) -> Tokenizer:

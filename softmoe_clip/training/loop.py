@@ -15,10 +15,11 @@ from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger,
 from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.transforms import Augment, normalise
+from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
+from softmoe_clip.models.trunk import FromFeatures
 from softmoe_clip.moe.stats import collect_routing
-from softmoe_clip.training.build import build
+from softmoe_clip.training.build import build, run_picture
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
@@ -52,6 +53,7 @@ def train(config: TrainConfig) -> Path:
     check_batch_size(config.batch_size, accelerator.num_processes)
     learning_rate = schedule(config.optim, config.last_step)
     loaded = build(config)
+    picture = run_picture(config, loaded, shards)
     towers = loaded.model.to(device)
     optimizer = adamw(towers, config.optim)
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
@@ -59,7 +61,8 @@ def train(config: TrainConfig) -> Path:
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
-    model, optimizer = accelerator.prepare(towers, optimizer)
+    takes_features = config.data.image_features is not None
+    model, optimizer = accelerator.prepare(FromFeatures(towers) if takes_features else towers, optimizer)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0
@@ -83,8 +86,7 @@ def train(config: TrainConfig) -> Path:
     batches = train_batches(
         shards,
         loaded.tokenizer,
-        image_size=loaded.image_size,
-        augment=Augment(crop_scale=tuple(config.data.crop_scale), flip=config.data.flip),
+        picture=picture,
         batch_size=config.batch_size,
         seed=config.seed,
         start=done.samples_seen,

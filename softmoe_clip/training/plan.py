@@ -8,10 +8,13 @@ import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.loader import train_batches
+from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.transforms import Augment, normalise
+from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
-from softmoe_clip.training.build import build
+from softmoe_clip.models.trunk import FromFeatures
+from softmoe_clip.training.build import build, run_picture
+from softmoe_clip.training.freeze import train_mode
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.optim import adamw, schedule
 
@@ -31,7 +34,8 @@ def print_plan(config: TrainConfig) -> None:
     image = image_complexity(model.visual, loaded.image_size)
     text = text_complexity(model.text, loaded.tokenizer.context_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds, memory = timed_steps(config, loaded, shards, device)
+    picture = run_picture(config, loaded, shards)
+    seconds, memory = timed_steps(config, loaded, shards, picture, device)
     pairs = config.last_step * config.batch_size
 
     table = Table("plan", "")
@@ -49,15 +53,18 @@ def print_plan(config: TrainConfig) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def timed_steps(config: TrainConfig, loaded, shards: ShardSet, device: torch.device) -> tuple[float, int]:
+def timed_steps(
+    config: TrainConfig, loaded, shards: ShardSet, picture: Picture, device: torch.device
+) -> tuple[float, int]:
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
-    model, preprocess = loaded.model.to(device).train(), loaded.preprocess_cfg
-    optimizer = adamw(model, config.optim)
+    towers, preprocess = loaded.model.to(device), loaded.preprocess_cfg
+    model = towers if config.data.image_features is None else FromFeatures(towers)
+    train_mode(model)
+    optimizer = adamw(towers, config.optim)
     batches = train_batches(
         shards,
         loaded.tokenizer,
-        image_size=loaded.image_size,
-        augment=Augment(crop_scale=config.data.crop_scale, flip=config.data.flip),
+        picture=picture,
         batch_size=config.batch_size,
         seed=config.seed,
         num_batches=WARM_STEPS + TIMED_STEPS,

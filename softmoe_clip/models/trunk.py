@@ -1,0 +1,50 @@
+"""The part of an image tower that can be computed once for a frozen one, and the head that may still be trained."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softmoe_clip.models.store import LoadedModel
+
+
+def trunk_name(model: nn.Module) -> str:
+    """Name the trunk's parameters: timm's trunk without open_clip's head, or the whole of open_clip's own towers."""
+    return "visual.trunk." if hasattr(model.visual, "trunk") else "visual."
+
+
+def trunk_features(model: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
+    """Run the trunk: what the head takes, or the image embedding before it is normalised."""
+    return getattr(model.visual, "trunk", model.visual)(images)
+
+
+class FromFeatures(nn.Module):
+    """Two towers that take the trunk's features instead of pictures, and give what open_clip's models give."""
+
+    def __init__(self, towers: nn.Module):
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, features: Float[Tensor, "b d"], token_ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
+        """Head, text tower, both normalised, and the scale."""
+        head = getattr(self.towers.visual, "head", None) if hasattr(self.towers.visual, "trunk") else None
+        out = {
+            "image_features": F.normalize(features if head is None else head(features), dim=-1),
+            "text_features": self.towers.encode_text(token_ids, normalize=True),
+            "logit_scale": self.towers.logit_scale.exp(),
+        }
+        return out if self.towers.logit_bias is None else out | {"logit_bias": self.towers.logit_bias}
+
+
+@torch.inference_mode()
+def check_features(loaded: LoadedModel, image, row: Float[Tensor, " d"], folder: str) -> None:
+    """Refuse features that train what they hold fixed, or that another trunk made; `image` is the picture of `row`."""
+    trained = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
+    name = trunk_name(loaded.model)
+    if any(parameter.startswith(name) for parameter in trained):
+        raise ValueError(f'data.image_features need a frozen trunk: set freeze=["^{name[:-1]}"] with them')
+    mode = loaded.model.training
+    expected = trunk_features(loaded.model.eval(), loaded.transform(image)[None])[0]
+    loaded.model.train(mode)
+    if expected.shape != row.shape or not torch.allclose(expected, row, rtol=1e-2, atol=1e-2 * float(expected.std())):
+        raise ValueError(f"data.image_features: {folder} was made by another image tower than this run's (see `init`)")
