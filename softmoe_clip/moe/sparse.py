@@ -102,7 +102,9 @@ class SparseMoE(nn.Module):
         routing, grouped = self.route(tokens), self.grouped(tokens)
         stats.report_losses(self.label, routing.aux_losses, self.aux_weights)
         if stats.is_collecting():
-            stats.report_sparse(self.label, routing.dispatch, self.logits(grouped.detach()), routing.aux_losses)
+            with torch.no_grad():  # saves nothing for backward, see stats.report
+                clean = self.logits(grouped).softmax(2)
+            stats.report_sparse(self.label, routing.dispatch, clean, routing.aux_losses)
         g, m, d = grouped.shape
         # By index, since (m, e, s) matrices would cost as much as the experts; the test holds the einsums it equals.
         filled, token = routing.dispatch.byte().max(dim=1)

@@ -125,11 +125,11 @@ def report(
 def report_sparse(
     label: str,
     dispatch: Bool[Tensor, "g m e s"],
-    logits: Float[Tensor, "g m e"],
+    gates: Float[Tensor, "g m e"],
     aux_losses: dict[str, Float[Tensor, " g"]],
 ) -> None:
-    """Give one sparse layer's statistics to every open collector; those of the gates are without noise."""
-    gates, loads = logits.softmax(2), dispatch.sum((1, 3)).float()
+    """Give one sparse layer's statistics to every open collector; its `gates` are those without noise."""
+    loads = dispatch.sum((1, 3)).float()
     loads = loads / loads.mean(1, keepdim=True).clamp(min=1e-30)
     statistics = {
         "gate_entropy": torch.special.entr(gates).sum(2).mean() / max(log(gates.shape[2]), 1e-30),
