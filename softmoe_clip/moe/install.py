@@ -1,9 +1,13 @@
-"""Put Soft MoE layers into a tower in place of the MLPs of chosen blocks."""
+"""Put MoE layers into a tower in place of the MLPs of chosen blocks."""
 
 from torch import nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
+from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
 from softmoe_clip.moe.soft import SoftMoE
+from softmoe_clip.moe.sparse import SparseMoE
+from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))
@@ -13,17 +17,61 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     """Replace the MLPs of the blocks that `config.layers` names, in place; the experts get the hidden size of that MLP.
 
     The tower is a timm VisionTransformer, open_clip's TimmModel around one, or open_clip's native VisionTransformer.
-    Every token, a class token too, takes part in the routing. Raises ValueError before anything is changed.
+    Every token, a class token too, takes part in the routing. The router `dense` leaves the MLPs where they are.
+    Raises ValueError before anything is changed.
     """
     blocks = tower_blocks(tower)
     chosen = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
-    for i, (first, _) in linears.items():
-        layer = SoftMoE(
-            first.in_features, config.num_experts, config.slots_per_expert, first.out_features, config.normalize
-        )
+    if config.router == "dense":
+        return
+    layers = {i: new_layer(config, first.in_features, first.out_features) for i, (first, _) in linears.items()}
+    check_tokens(next(iter(layers.values())), tower)
+    for i, layer in layers.items():
         layer.label = f"image/block_{i}"
-        blocks[i].mlp = layer.to(first.weight).train(chosen[i].training)
+        blocks[i].mlp = layer.to(linears[i][0].weight).train(chosen[i].training)
+
+
+def new_layer(config: MoEConfig, width: int, hidden: int) -> nn.Module:
+    """Make the layer of a router, with fresh weights."""
+    soft = {"soft": SoftMoE, "soft_uniform": SoftUniformMoE, "uniform_soft": UniformSoftMoE}
+    if config.router in soft:
+        return soft[config.router](width, config.num_experts, config.slots_per_expert, hidden, config.normalize)
+    fixed = {"uniform": UniformMoE, "identity": IdentityMoE}
+    if config.router in fixed:
+        return fixed[config.router](width, config.num_experts, config.slots_per_expert, hidden)
+    shared = {
+        "capacity_factor": config.capacity_factor,
+        "capacity_rounding": config.capacity_rounding,
+        "capacity_multiple_of": config.capacity_multiple_of,
+        "noise_std": config.noise_std,
+        "group_size": config.group_size,
+        "hidden": hidden,
+    }
+    if config.router == "experts_choice":
+        return ExpertsChoiceMoE(width, config.num_experts, **shared)
+    layer = TokensChoiceMoE(width, config.num_experts, config.top_k, bpr=config.bpr, **shared)
+    layer.aux_weights = {
+        "importance": config.importance_loss,
+        "load": config.load_loss,
+        "gshard": config.gshard_loss,
+    }
+    return layer
+
+
+def check_tokens(layer: nn.Module, tower: nn.Module) -> None:
+    """Refuse a capacity below one, or too few slots, here: a run would meet them at its first step, half written."""
+    trunk = getattr(tower, "trunk", tower)
+    if hasattr(trunk, "num_prefix_tokens"):
+        num_tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
+    elif hasattr(trunk, "grid_size"):
+        num_tokens = trunk.grid_size[0] * trunk.grid_size[1] + 1
+    else:
+        return
+    if isinstance(layer, SparseMoE):
+        layer.num_slots(num_tokens * layer.group_size)
+    if isinstance(layer, IdentityMoE):
+        layer.check_tokens(num_tokens)
 
 
 def tower_blocks(tower: nn.Module) -> list[nn.Module]:
@@ -49,8 +97,9 @@ def chosen_blocks(config: MoEConfig, depth: int) -> list[int]:
 
 def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
     """Return both linear layers of a plain MLP; anything more in it would be lost, so it raises ValueError."""
-    if isinstance(mlp, SoftMoE):
-        raise ValueError(f"block {block} holds a Soft MoE layer already: choose other layers or a dense tower.")
+    if isinstance(mlp, SoftMoE | SparseMoE):
+        kind = "Soft MoE" if isinstance(mlp, SoftMoE) else "sparse MoE"
+        raise ValueError(f"block {block} holds a {kind} layer already: choose other layers or a dense tower.")
     for names in MLP_LAYERS:
         layers = [getattr(mlp, name, None) for name in names]
         if all(isinstance(layer, nn.Linear) for layer in layers) and {

@@ -32,6 +32,7 @@ class SoftMoE(nn.Module):
     ):
         super().__init__()
         self.normalize = normalize
+        self.slots = num_experts, slots_per_expert
         self.label = "soft_moe"  # what routing statistics call this layer; `install` sets it
         self.slot_embed = nn.Parameter(lecun_normal(width, num_experts, slots_per_expert))
         self.router_scale = nn.Parameter(torch.ones(()))
@@ -68,7 +69,7 @@ class SoftMoE(nn.Module):
             stats.report(self.label, routing.dispatch, routing.combine, self.router_scale, mask)
         dispatch, combine = (weights.flatten(2).to(tokens.dtype) for weights in routing)
         slots = dispatch.transpose(1, 2) @ without_padding(tokens, mask)
-        slots = self.experts(slots.unflatten(1, self.slot_embed.shape[1:]))
+        slots = self.experts(slots.unflatten(1, routing.dispatch.shape[2:]))
         return combine @ slots.flatten(1, 2)
 
     @property

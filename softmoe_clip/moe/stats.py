@@ -1,4 +1,4 @@
-"""Routing statistics through one explicit collector: a layer reports only while somebody has opened one."""
+"""Routing statistics and auxiliary losses, through one explicit collector: a layer reports only while one is open."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,23 @@ _open: list["CollectedRouting"] = []
 class CollectedRouting:
     """What the layers reported while the collector was open."""
 
-    def __init__(self):
+    def __init__(self, statistics: bool = True):
+        self.statistics = statistics
         self.reports: dict[str, list[dict[str, Tensor]]] = {}
+        self.losses: dict[str, list[dict[str, Tensor]]] = {}
+        self.weights: dict[str, dict[str, float]] = {}
+
+    def aux_loss(self) -> Float[Tensor, ""]:
+        """Add up the layers' weighted auxiliary losses, each the mean over all its groups; 0 where there are none."""
+        total = torch.zeros(())
+        for label, calls in self.losses.items():
+            for name, weight in self.weights[label].items():
+                if weight and name in calls[0]:
+                    total = total + weight * torch.cat([losses[name] for losses in calls]).mean()
+        return total
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Average each statistic of each layer over its calls; a recomputed call only repeats its numbers."""
+        """Average each statistic of each layer over its calls."""
         return {
             label: {name: torch.stack([report[name] for report in reports]).mean().item() for name in reports[0]}
             for label, reports in self.reports.items()
@@ -32,10 +44,15 @@ class CollectedRouting:
 
 
 @contextmanager
-def collect_routing() -> Iterator[CollectedRouting]:
-    """Open a collector: every MoE layer that runs inside reports `dispatch_entropy`, `combine_entropy` (1 is uniform),
-    `dispatch_max`, `combine_max` (mean largest weight of a slot, of a token) and `router_scale` under its label."""
-    collected = CollectedRouting()
+def collect_routing(statistics: bool = True) -> Iterator[CollectedRouting]:
+    """Open a collector: every MoE layer that runs inside reports under its label, a sparse one its losses as well.
+
+    Soft layers: `dispatch_entropy`, `combine_entropy` (1 is uniform), `dispatch_max`, `combine_max` (mean largest
+    weight of a slot, of a token), `router_scale`. Sparse ones: `gate_entropy`, `gate_max`, `dropped` (share of tokens
+    that no expert took), `filled` (share of slots that hold a token), `load_max`, `load_min` (tokens of the busiest and
+    the idlest expert, 1 is the mean), and their losses. Without `statistics` only what `aux_loss` needs is collected.
+    """
+    collected = CollectedRouting(statistics)
     _open.append(collected)
     try:
         yield collected
@@ -44,8 +61,34 @@ def collect_routing() -> Iterator[CollectedRouting]:
 
 
 def is_collecting() -> bool:
-    """True while at least one collector is open."""
-    return bool(_open)
+    """True while at least one open collector wants statistics."""
+    return any(collected.statistics for collected in _open)
+
+
+def is_recomputing() -> bool:
+    """True inside a backward pass, where gradient checkpointing runs layers a second time."""
+    # A compiled graph cannot ask. It need not, as long as the collector is closed before the backward pass begins.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def report_losses(label: str, losses: dict[str, Float[Tensor, " g"]], weights: dict[str, float]) -> None:
+    """Give a layer's losses to every open collector, once; they are weighted there.
+
+    Nothing is computed here: gradient checkpointing must save the same tensors with and without a collector.
+    """
+    if losses and not is_recomputing():
+        for collected in _open:
+            collected.losses.setdefault(label, []).append(losses)
+            collected.weights[label] = weights
+
+
+def add_statistics(label: str, statistics: dict[str, Tensor]) -> None:
+    """Give a layer's statistics to every open collector that wants them."""
+    if not is_recomputing():
+        for collected in _open:
+            if collected.statistics:
+                report = {name: value.detach().float() for name, value in statistics.items()}
+                collected.reports.setdefault(label, []).append(report)
 
 
 # no_grad saves nothing for backward, so that gradient checkpointing sees the same graph with and without a collector.
@@ -54,7 +97,7 @@ def report(
     label: str,
     dispatch: Float[Tensor, "b n e s"],
     combine: Float[Tensor, "b n e s"],
-    router_scale: Float[Tensor, ""],
+    router_scale: Float[Tensor, ""] | None,
     mask: Bool[Tensor, "b n"] | None,
 ) -> None:
     """Give one layer's statistics to every open collector; padding and examples of it alone are left out."""
@@ -72,7 +115,28 @@ def report(
         "combine_entropy": (combine_entropy * tokens).sum(),
         "dispatch_max": (dispatch.amax(1).mean(1) * examples).sum(),
         "combine_max": (combine.amax(2) * tokens).sum(),
-        "router_scale": router_scale.detach().clone(),
     }
-    for collected in _open:
-        collected.reports.setdefault(label, []).append({name: value.float() for name, value in statistics.items()})
+    if router_scale is not None:
+        statistics["router_scale"] = router_scale.clone()
+    add_statistics(label, statistics)
+
+
+@torch.no_grad()
+def report_sparse(
+    label: str,
+    dispatch: Bool[Tensor, "g m e s"],
+    gates: Float[Tensor, "g m e"],
+    aux_losses: dict[str, Float[Tensor, " g"]],
+) -> None:
+    """Give one sparse layer's statistics to every open collector; its `gates` are those without noise."""
+    loads = dispatch.sum((1, 3)).float()
+    loads = loads / loads.mean(1, keepdim=True).clamp(min=1e-30)
+    statistics = {
+        "gate_entropy": torch.special.entr(gates).sum(2).mean() / max(log(gates.shape[2]), 1e-30),
+        "gate_max": gates.amax(2).mean(),
+        "dropped": 1 - dispatch.flatten(2).any(2).float().mean(),
+        "filled": dispatch.any(1).float().mean(),
+        "load_max": loads.amax(1).mean(),
+        "load_min": loads.amin(1).mean(),
+    }
+    add_statistics(label, statistics | {f"{name}_loss": loss.mean() for name, loss in aux_losses.items()})

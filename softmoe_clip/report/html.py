@@ -84,7 +84,7 @@ def head(record: RunRecord, numbers: Numbers, loaded, run) -> dict:
     num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     facts = [("Parameters", count_in_words(num_parameters))]
     if tower:
-        _, e, s = tower[0].slot_embed.shape
+        e, s = tower[0].slots
         facts.append(
             ("Soft MoE layers", f"{len(tower)} {TIMES} {e} experts" + (f" {TIMES} {s} slots" if s > 1 else ""))
         )
@@ -97,7 +97,7 @@ def head(record: RunRecord, numbers: Numbers, loaded, run) -> dict:
     return {
         "title": record.name,
         "date": datetime.now(UTC).strftime("%-d %B %Y"),
-        "lead": lead(tower, numbers),
+        "lead": lead(tower, numbers, len(sparse_layers(loaded.model.visual))),
         "facts": facts,
         "config": record.config,
         "config_short": record.config.count("\n") < 40,
@@ -105,10 +105,15 @@ def head(record: RunRecord, numbers: Numbers, loaded, run) -> dict:
     }
 
 
-def lead(tower: list, numbers: Numbers) -> str:
+def lead(tower: list, numbers: Numbers, num_sparse: int = 0) -> str:
     """Say in two sentences what the model is and what it can do."""
     layers = f"{len(tower)} Soft MoE layer{'s' * (len(tower) > 1)}"
     what = f"Two towers, one for pictures and one for text; the image tower holds {layers}." if tower else ""
+    if num_sparse:
+        what = (
+            f"Two towers, one for pictures and one for text; the image tower holds {num_sparse} sparse MoE "
+            f"layer{'s' * (num_sparse > 1)}, whose experts take whole patches: there are no slots to draw maps of."
+        )
     what = what or "Two towers, one for pictures and one for text."
     name = next((name for name in sorted(numbers.metrics) if name.endswith("text_to_image/recall@1")), None)
     if name is None or not numbers.chance.get(name):
@@ -160,6 +165,13 @@ def soft_layers(tower) -> list:
     from softmoe_clip.moe.soft import SoftMoE
 
     return [module for module in tower.modules() if isinstance(module, SoftMoE)]
+
+
+def sparse_layers(tower) -> list:
+    """The sparse MoE layers of a tower."""
+    from softmoe_clip.moe.sparse import SparseMoE
+
+    return [module for module in tower.modules() if isinstance(module, SparseMoE)]
 
 
 def model_config(run) -> str:

@@ -93,7 +93,10 @@ def draw_router_maps(
     """
     layers = router_maps(loaded.model, images, loaded.transform)
     if not layers:
-        raise ValueError("this model's image tower holds no Soft MoE layer, so there are no router maps to draw")
+        raise ValueError(
+            "this model's image tower holds no Soft MoE layer, so there are no router maps to draw "
+            "(a sparse layer has no slots that mix tokens)"
+        )
     views = [model_view(image, loaded.transform, side) for image in images]
     gap, head = 10, 54
     columns = min(num_slots, layers[0].dispatch.shape[1] * layers[0].dispatch.shape[2]) + 2

@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> Path:
     device, is_main = accelerator.device, accelerator.is_main_process
     shards = ShardSet.open(config.data.train)
     check_measured(config)
-    check_batch_size(config.batch_size, accelerator.num_processes)
+    image_moe = config.model.image_moe
+    check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
     loaded = build(config)
     picture = run_picture(config, loaded, shards)
@@ -108,15 +109,16 @@ def train(config: TrainConfig) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done.step)
 
-            with collect_routing() if reports else nullcontext() as routing:
+            with collect_routing(statistics=reports) as routing:
                 images = normalise(batch.images.to(device, non_blocking=True), preprocess["mean"], preprocess["std"])
                 out = model(images, batch.token_ids.to(device, non_blocking=True))
             loss = loss_function(
                 out["image_features"].float(), out["text_features"].float(), out["logit_scale"], out.get("logit_bias")
             )
-            loss_value = over_processes(loss, "mean").item()
-            check_finite("loss", loss_value, step, batch.keys)
-            accelerator.backward(loss)
+            aux_loss = routing.aux_loss().to(loss)
+            loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
+            check_finite("loss", loss_value + aux_value, step, batch.keys)
+            accelerator.backward(loss + aux_loss)
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
             if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
                 check_finite("gradient norm", float(gradient_norm), step, batch.keys)
@@ -140,6 +142,7 @@ def train(config: TrainConfig) -> Path:
                 numbers = {
                     "samples_seen": done.samples_seen,
                     "loss": loss_value,
+                    **({"aux_loss": aux_value} if routing.losses else {}),
                     "lr": learning_rate(step - 1),
                     "logit_scale": towers.logit_scale.exp().item(),
                     "gradient_norm": float(gradient_norm),
@@ -172,10 +175,15 @@ def every(interval: int, step: int, last_step: int) -> bool:
     return step == last_step or (interval > 0 and step % interval == 0)
 
 
-def check_batch_size(batch_size: int, num_processes: int) -> None:
-    """Refuse a global batch that the processes cannot share equally."""
+def check_batch_size(batch_size: int, num_processes: int, group_size: int = 1) -> None:
+    """Refuse a global batch that the processes cannot share equally, or that does not hold whole routing groups."""
     if batch_size % num_processes:
         raise ValueError(f"batch_size {batch_size} is global and must divide by the {num_processes} processes")
+    if batch_size // num_processes % group_size:
+        raise ValueError(
+            f"each of the {num_processes} processes gets {batch_size // num_processes} images, which do not divide "
+            f"into routing groups of {group_size}: change batch_size or group_size"
+        )
 
 
 def check_finite(what: str, value: float, step: int, keys: list[str]) -> None:
