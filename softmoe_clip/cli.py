@@ -218,6 +218,20 @@ def search(
     print_hits(search(index, query, image, k), as_json=json)
 
 
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(help="an architecture's name or JSON, a model, a run")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Count parameters, FLOPs and memory of both towers, without building them.
+
+    Example: softmoe-clip summary SoftMoE-H-14
+    """
+    from softmoe_clip.models.summary import print_summary, summary
+
+    print_summary(summary(model), as_json=json)
+
+
 def main() -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit status 2."""
     from typer.exceptions import TyperException

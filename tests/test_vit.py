@@ -1,4 +1,4 @@
-"""The registered towers: sizes, initialisation, cost; test_vit_golden.py compares their numbers with the reference's."""
+"""The registered towers: sizes, initialisation, cost. Their outputs are compared in test_vit_golden.py."""
 
 import json
 

@@ -82,6 +82,14 @@ def check_device(device: str) -> None:
 
 def load_folder(folder: Path) -> LoadedModel:
     """Load a model folder (ours or open_clip's), or the newest model of a run folder."""
+    folder, written = read_folder(folder)
+    model = build(without_downloads(written), source=str(folder / CONFIG_FILE))
+    load_weights(model, folder)
+    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+
+
+def read_folder(folder: Path) -> tuple[Path, dict]:
+    """Return the folder that holds the model (a run keeps it in model/), and its checked config."""
     restore_previous(folder / "model")
     if not (folder / CONFIG_FILE).exists() and (folder / "model" / CONFIG_FILE).exists():
         folder = folder / "model"
@@ -97,14 +105,16 @@ def load_folder(folder: Path) -> LoadedModel:
             raise ValueError(
                 f"{config_file} has no {key} with {', '.join(missing)}: it can't be guessed, write it there"
             )
-    to_build = deepcopy(written)
-    # The folder's weights follow: nothing may be fetched for the towers.
-    if "hf_model_name" in to_build["model_cfg"]["text_cfg"]:
-        to_build["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
-    to_build["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
-    model = build(to_build, source=str(config_file))
-    load_weights(model, folder)
-    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+    return folder, written
+
+
+def without_downloads(written: dict) -> dict:
+    """Return a folder's config changed so that building from it fetches no weights for the towers."""
+    written = deepcopy(written)
+    if "hf_model_name" in written["model_cfg"]["text_cfg"]:
+        written["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+    written["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
+    return written
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

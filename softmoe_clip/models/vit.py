@@ -1,7 +1,7 @@
 """The paper's image towers on timm's VisionTransformer, under the timm names softmoe_vit_* and plain_vit_*.
 
-Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention with a learned probe); positions are timm's
-`pos_embed`: `learn` or `sincos2d` (fixed).
+Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention with a learned probe). Positions are
+timm's `pos_embed`: `learn` or `sincos2d` (fixed).
 """
 
 from functools import partial
@@ -51,8 +51,9 @@ SIZES = {
     "large": Size(1024, 24, 4096, 16),
     "huge": Size(1280, 32, 5120, 16),
 }
-# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14 (e128: the paper's smaller H/14); 32 for /32 as in the
-# paper's Table 9; our choice for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 1 % above those of its dense twin.
+# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14 (e128: the paper's smaller H/14); 32 for /32 as in
+# the paper's Table 9; our choice for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 1 %
+# above those of its dense twin.
 TOWERS = (
     Tower("demo", 8, (64,), num_experts=14, slots_per_expert=4),
     Tower("tiny", 16, (224, 256, 384), num_experts=128),

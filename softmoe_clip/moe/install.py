@@ -3,6 +3,7 @@
 from torch import nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.moe.memory import check_memory
 from softmoe_clip.moe.soft import SoftMoE
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
@@ -18,6 +19,7 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     blocks = tower_blocks(tower)
     chosen = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
+    check_fits([first for first, _ in linears.values()], config)
     for i, (first, _) in linears.items():
         layer = SoftMoE(
             first.in_features, config.num_experts, config.slots_per_expert, first.out_features, config.normalize
@@ -60,3 +62,11 @@ def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
     raise ValueError(
         f"the {type(mlp).__name__} of block {block} is not a plain two-layer MLP: experts cannot replace it."
     )
+
+
+def check_fits(firsts: list[nn.Linear], config: MoEConfig) -> None:
+    """Refuse experts and slots that do not fit into memory, given the first linear layer of each MLP they replace."""
+    e, s = config.num_experts, config.slots_per_expert
+    sizes = [(first.in_features, first.out_features) for first in firsts]
+    num_parameters = sum(d * e * s + e * (2 * d * f + d + f) for d, f in sizes)
+    check_memory(num_parameters, f"{len(firsts)} MoE layers of {e:,} experts with {s:,} slots each")
