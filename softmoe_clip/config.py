@@ -25,6 +25,8 @@ class MoEConfig:
     num_experts: int = 32
     slots_per_expert: int = 1
     normalize: bool = True
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu"] = "gelu_tanh"  # of the experts; the reference's is gelu_tanh
+    shared_expert: bool = False  # the dense MLP stays, and the experts' output is added to its own
 
     def __post_init__(self):
         if min(self.num_experts, self.slots_per_expert) < 1:

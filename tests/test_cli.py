@@ -22,6 +22,7 @@ VERBS = (
     "index",
     "search",
     "summary",
+    "upcycle",
 )
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
 
@@ -190,6 +191,15 @@ MISTAKES = {
         "this machine has",
     ),
     "more experts than memory": (["train", "{yaml}", "model.image_moe.num_experts=1000000000000"], "this machine has"),
+    "nothing to upcycle": (["upcycle", "nowhere", "out", "--num-experts", "2"], "no model at nowhere"),
+    "no experts to upcycle to": (["upcycle", "{run}", "out", "--num-experts", "0"], "at least one expert"),
+    "an unknown way to upcycle": (
+        ["upcycle", "{run}", "out", "--num-experts", "2", "--mode", "x"],
+        "copy, noise, shared",
+    ),
+    "layers that are no numbers": (["upcycle", "{run}", "out", "--num-experts", "2", "--layers", "a"], "6,7,9-11"),
+    "a model that has experts": (["upcycle", "{run}", "out", "--num-experts", "2"], "holds a Soft MoE layer already"),
+    "no pictures to compare": (["upcycle", "{run}", "out", "--num-experts", "2", "--pictures", "empty"], "no pictures"),
     "no data for the demo": (["demo", "--data", "nowhere"], "nowhere"),
 }
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -125,13 +126,24 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     file = next((folder / name for name in (WEIGHTS_FILE, *FOREIGN_WEIGHTS) if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}: the model folder is not whole, write or copy it again")
+    if file.suffix == ".safetensors" and is_pickle(file):
+        raise ValueError(f"{file} is a pickle, not safetensors: it could run code, so it is not loaded")
     try:
         open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({error}): write or copy it again") from None
-    except (RuntimeError, KeyError, ValueError) as error:
+    except UnpicklingError:
+        raise ValueError(f"{file} holds more than tensors: it could run code, so it is not loaded") from None
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it, or is damaged: {reason}") from None
+
+
+def is_pickle(file: Path) -> bool:
+    """Tell torch.save's archives and plain pickles from safetensors, which have a JSON object after eight bytes."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
 
 
 def folder_tokenizer(folder: Path, text_cfg: dict):

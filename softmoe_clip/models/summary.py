@@ -20,10 +20,10 @@ LOADS_WITH = {
     "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower",
 }
 COUNTED = """\
-parameters on an expert's path: all that one token's way through the tower uses, with one expert per MoE layer (the K of
-a top-K router). GFLOP: 2 x multiply-accumulates of one picture, or caption, of full length. Memory is in float32. For
-inference: weights and the largest operation of one example. For training: weights, gradients and both moments of AdamW;
-beside that, what backward needs of each example with plain attention. No workspaces, no temporaries of the optimizer."""
+On an expert's path: all that one token's way through the tower uses, with one expert per MoE layer (the K of a top-K
+router). GFLOP: 2 x multiply-accumulates of one picture, or caption, of full length. Memory is in float32. Inference:
+weights and the largest operation of one example. Training: weights, gradients and both moments of AdamW; beside that,
+what backward needs of each example with plain attention. No workspaces, no temporaries of the optimizer."""
 
 
 def summary(name: str) -> dict:

@@ -4,6 +4,7 @@ from torch import nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.moe.memory import check_memory
+from softmoe_clip.moe.shared import SharedExpert
 from softmoe_clip.moe.soft import SoftMoE
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
@@ -21,11 +22,11 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
     check_fits([first for first, _ in linears.values()], config)
     for i, (first, _) in linears.items():
-        layer = SoftMoE(
-            first.in_features, config.num_experts, config.slots_per_expert, first.out_features, config.normalize
-        )
+        sizes = (first.in_features, config.num_experts, config.slots_per_expert, first.out_features)
+        layer = SoftMoE(*sizes, config.normalize, config.activation)
         layer.label = f"image/block_{i}"
-        blocks[i].mlp = layer.to(first.weight).train(chosen[i].training)
+        layer = layer.to(first.weight).train(chosen[i].training)
+        blocks[i].mlp = SharedExpert(chosen[i], layer) if config.shared_expert else layer
 
 
 def tower_blocks(tower: nn.Module) -> list[nn.Module]:
@@ -51,7 +52,7 @@ def chosen_blocks(config: MoEConfig, depth: int) -> list[int]:
 
 def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
     """Return both linear layers of a plain MLP; anything more in it would be lost, so it raises ValueError."""
-    if isinstance(mlp, SoftMoE):
+    if isinstance(mlp, SoftMoE | SharedExpert):
         raise ValueError(f"block {block} holds a Soft MoE layer already: choose other layers or a dense tower.")
     for names in MLP_LAYERS:
         layers = [getattr(mlp, name, None) for name in names]

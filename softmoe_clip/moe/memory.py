@@ -11,7 +11,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(num_parameters: int, what: str) -> None:
-    """Raise ValueError where `num_parameters` new ones do not fit into this machine's memory; meta tensors always do."""
+    """Raise ValueError where so many new parameters do not fit into this machine's memory; meta tensors always do."""
     if torch.get_default_device().type != "cpu":
         return
     need, have = FLOAT32 * num_parameters, machine_memory()
