@@ -243,6 +243,43 @@ def search(
     print_hits(search(index, query, image, k), as_json=json)
 
 
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(help="an architecture's name or JSON, a model, a run")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Count parameters, FLOPs and memory of both towers, without building them.
+
+    Example: softmoe-clip summary SoftMoE-H-14
+    """
+    from softmoe_clip.models.summary import print_summary, summary
+
+    print_summary(summary(model), as_json=json)
+
+
+@app.command()
+def upcycle(
+    source: Annotated[str, typer.Argument(help="a dense model: folder, run, or open_clip NAME:TAG")],
+    out: Path,
+    num_experts: Annotated[int, typer.Option(help="in each layer")],
+    layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",
+    mode: Annotated[
+        str, typer.Option(help="experts: copy, noise (copies told apart), shared (beside the MLP)")
+    ] = "copy",
+    slots_per_expert: Annotated[int, typer.Option(help="in each layer")] = 1,
+    pictures: Annotated[str | None, typer.Option(help="shards or a folder to measure the change on")] = None,
+):
+    """Make a Soft MoE model of a dense one: MLPs of its image tower become experts.
+
+    Example: softmoe-clip upcycle ViT-B-16:openai upcycled --num-experts 32 --pictures my_pictures
+    """
+    from softmoe_clip.models.upcycle import upcycle
+
+    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures)
+    print(f"image embeddings before and after, cosine: mean {done.mean:.4f}, least {done.least:.4f}")
+    print(f"on {done.measured_on}")
+
+
 def main() -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit status 2."""
     from typer.exceptions import TyperException

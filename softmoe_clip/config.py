@@ -20,7 +20,7 @@ _SLOTS = {"num_experts", "slots_per_expert"}
 _CAPACITY = {"num_experts", "capacity_factor", "capacity_rounding", "capacity_multiple_of", "noise_std", "group_size"}
 # What each router makes use of, beside `layers`; anything else that is set is refused.
 ROUTER_SETTINGS = {
-    "soft": {*_SLOTS, "normalize"},
+    "soft": {*_SLOTS, "normalize", "activation", "shared_expert"},
     "uniform": _SLOTS,
     "identity": _SLOTS,
     "soft_uniform": {*_SLOTS, "normalize"},
@@ -57,6 +57,8 @@ class MoEConfig:
     importance_loss: float = 0.005
     load_loss: float = 0.005
     gshard_loss: float = 0.0
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu"] = "gelu_tanh"  # of the experts; the reference's is gelu_tanh
+    shared_expert: bool = False  # the dense MLP stays, and the experts' output is added to its own
 
     def __post_init__(self):
         if min(self.num_experts, self.slots_per_expert) < 1:

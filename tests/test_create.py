@@ -107,9 +107,14 @@ def test_new_models_squash_pictures_into_values_from_minus_one_to_one(demo):
 
 def test_every_packaged_architecture_names_a_tower_of_the_right_size():
     files = sorted(softmoe_clip.plugin.MODEL_CONFIGS.glob("*.json"))
-    assert {"SoftMoE-demo", "PlainViT-demo", "SoftMoE-S-16", "PlainViT-S-16"} <= {file.stem for file in files}
+    family = {f"{kind}-{size}" for kind in ("SoftMoE", "PlainViT") for size in ("S-16", "S-14", "B-16", "L-16", "H-14")}
+    assert family | {"SoftMoE-demo", "PlainViT-demo", "SoftMoE-H-14-e128"} <= {file.stem for file in files}
     for file in files:
         config = json.loads(file.read_text())
+        text = config["text_cfg"]
+        assert text["width"] == config["embed_dim"] == 64 * text["heads"], "text towers follow CLIP's conventions"
+        if not file.stem.endswith("demo"):
+            assert (text["layers"], text["context_length"], text["vocab_size"]) == (12, 77, 49408)
         with torch.device("meta"):
             tower = timm.create_model(config["vision_cfg"]["timm_model_name"], num_classes=0)
         assert tower.patch_embed.img_size[0] == config["vision_cfg"]["image_size"]

@@ -131,3 +131,26 @@ def test_installing_twice_is_refused():
     install(tower, SMALL)
     with pytest.raises(ValueError, match="block 3 holds a Soft MoE layer already"):
         install(tower, MoEConfig(layers=[3]))
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts": 10**12}, {"num_experts": 2, "slots_per_expert": 10**13}])
+def test_what_no_memory_holds_is_refused_before_anything_changes(sizes):
+    tower = timm_tower()
+    before = mlps(tower)
+    with pytest.raises(
+        ValueError, match=r"2 MoE layers of .* experts with .* slots each need .* GiB, this machine has"
+    ):
+        install(tower, MoEConfig(**sizes))
+    assert mlps(tower) == before
+
+
+def test_the_need_for_memory_is_that_of_the_layers_parameters(monkeypatch):
+    layer = SoftMoE(24, 3, 2, hidden=96)
+    need = 2 * 4 * (sum(p.numel() for p in layer.parameters()) - 1)  # the scale of 4 bytes is not worth counting
+    monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: need)
+    install(timm_tower(), SMALL)
+    monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: need - 1)
+    with pytest.raises(ValueError, match="this machine has"):
+        install(timm_tower(), SMALL)
+    with torch.device("meta"):
+        install(timm_tower(), SMALL)

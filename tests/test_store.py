@@ -1,6 +1,7 @@
 """Model folders: what is written loads again, with the same bits, here and in open_clip; damage is one sentence."""
 
 import json
+import pickle
 import resource
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, open_clip_tokenizer, train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
-from softmoe_clip.models.store import LoadedModel, beside, load, restore_previous, save, transform_of
+from softmoe_clip.models.store import LoadedModel, beside, load, restore_previous, save, transform_of, write_tensors
 
 CAPTIONS = [
     f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("dog", "cat", "circle", "square")
@@ -198,6 +199,50 @@ def test_weights_of_another_model_are_refused(folder, tmp_path):
     (copy / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not fit"):
         load(copy)
+
+
+class RunsCode:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def plain_pickle(content, file):
+    file.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("write", [torch.save, plain_pickle])
+def test_a_pickle_that_runs_code_is_refused_and_never_loaded(folder, tmp_path, name, write):
+    copy = copy_of(folder, tmp_path)
+    (copy / "open_clip_model.safetensors").unlink()
+    write({"weight": RunsCode(tmp_path / "ran")}, copy / name)
+    with pytest.raises(ValueError, match=f"{name} .*could run code, so it is not loaded") as error:
+        load(copy)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tensors", [{}, {"weight": torch.zeros(2)}])
+def test_tensors_of_no_such_model_are_one_sentence(folder, tmp_path, tensors):
+    copy = copy_of(folder, tmp_path)
+    write_tensors(tensors, copy / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        load(copy)
+
+
+def test_a_checkpoint_of_another_architecture_is_one_sentence(folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "plain_vit_demo_patch8_64"
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not fit") as error:
+        load(copy)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

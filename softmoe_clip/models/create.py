@@ -98,8 +98,10 @@ def build(written: dict, output_dict: bool = True, source: str = "the model conf
     kind = (
         open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     )
+    if kind is not open_clip.CoCa:  # whose output is a dict anyway
+        arguments["output_dict"] = output_dict
     try:
-        model = kind(**arguments, output_dict=output_dict)
+        model = kind(**arguments)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{source} describes no model that can be built: {' '.join(str(error).split())}") from None
     if image_moe := written.get("softmoe", {}).get("image_moe"):

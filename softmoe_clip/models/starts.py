@@ -8,8 +8,9 @@ a model can become is not changed.
 from math import sqrt
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
+
+from softmoe_clip.models.positions import sincos2d
 
 ROUTER_SCALE = 12.0  # the reference starts from 1
 LINEAR_STD = 0.02  # timm's own start; xavier, the reference's, is three to four times larger at the demo's width
@@ -35,11 +36,3 @@ def start_quickly(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=LINEAR_STD)
             nn.init.zeros_(module.bias)
-
-
-def sincos2d(height: int, width: int, channels: int) -> Float[Tensor, "n d"]:
-    """Compute [sin x, cos x, sin y, cos y] of each patch, as google-research/vmoe's sincos2d positions."""
-    omega = 10_000 ** -(torch.arange(channels // 4) / (channels // 4 - 1))
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,14 @@ def check_device(device: str) -> None:
 
 def load_folder(folder: Path) -> LoadedModel:
     """Load a model folder (ours or open_clip's), or the newest model of a run folder."""
+    folder, written = read_folder(folder)
+    model = build(without_downloads(written), source=str(folder / CONFIG_FILE))
+    load_weights(model, folder)
+    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+
+
+def read_folder(folder: Path) -> tuple[Path, dict]:
+    """Return the folder that holds the model (a run keeps it in model/), and its checked config."""
     restore_previous(folder / "model")
     if not (folder / CONFIG_FILE).exists() and (folder / "model" / CONFIG_FILE).exists():
         folder = folder / "model"
@@ -97,14 +106,16 @@ def load_folder(folder: Path) -> LoadedModel:
             raise ValueError(
                 f"{config_file} has no {key} with {', '.join(missing)}: it can't be guessed, write it there"
             )
-    to_build = deepcopy(written)
-    # The folder's weights follow: nothing may be fetched for the towers.
-    if "hf_model_name" in to_build["model_cfg"]["text_cfg"]:
-        to_build["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
-    to_build["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
-    model = build(to_build, source=str(config_file))
-    load_weights(model, folder)
-    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+    return folder, written
+
+
+def without_downloads(written: dict) -> dict:
+    """Return a folder's config changed so that building from it fetches no weights for the towers."""
+    written = deepcopy(written)
+    if "hf_model_name" in written["model_cfg"]["text_cfg"]:
+        written["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+    written["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
+    return written
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -115,13 +126,24 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     file = next((folder / name for name in (WEIGHTS_FILE, *FOREIGN_WEIGHTS) if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}: the model folder is not whole, write or copy it again")
+    if file.suffix == ".safetensors" and is_pickle(file):
+        raise ValueError(f"{file} is a pickle, not safetensors: it could run code, so it is not loaded")
     try:
         open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({error}): write or copy it again") from None
-    except (RuntimeError, KeyError, ValueError) as error:
+    except UnpicklingError:
+        raise ValueError(f"{file} holds more than tensors: it could run code, so it is not loaded") from None
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it, or is damaged: {reason}") from None
+
+
+def is_pickle(file: Path) -> bool:
+    """Tell torch.save's archives and plain pickles from safetensors, which have a JSON object after eight bytes."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
 
 
 def folder_tokenizer(folder: Path, text_cfg: dict):

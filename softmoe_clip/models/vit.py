@@ -1,4 +1,8 @@
-"""The paper's image towers on timm's VisionTransformer, under the timm names softmoe_vit_* and plain_vit_*."""
+"""The paper's image towers on timm's VisionTransformer, under the timm names softmoe_vit_* and plain_vit_*.
+
+Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention with a learned probe). Positions are
+timm's `pos_embed`: `learn` or `sincos2d` (fixed).
+"""
 
 from functools import partial
 from math import sqrt
@@ -8,9 +12,10 @@ import torch
 from timm.layers import LayerNorm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.models.positions import sincos2d
 from softmoe_clip.moe.install import install
 from softmoe_clip.moe.soft import lecun_normal
 
@@ -25,13 +30,17 @@ class Size(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """A size, its patch, its picture sizes, and the slots of its Soft MoE form (in the last half of the blocks)."""
+    """A size, its patch, its picture sizes, and the slots of its Soft MoE form (in the last half of the blocks).
+
+    `variant` ends the name of a second Soft MoE form of the same dense tower.
+    """
 
     size: str
     patch: int
     image_sizes: tuple[int, ...]
     num_experts: int
     slots_per_expert: int = 1
+    variant: str = ""
 
 
 SIZES = {
@@ -42,8 +51,9 @@ SIZES = {
     "large": Size(1024, 24, 4096, 16),
     "huge": Size(1280, 32, 5120, 16),
 }
-# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14; 32 for /32 as in the paper's Table 9; our choice
-# for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 1 % above those of its dense twin.
+# Experts: the reference's numbers for S/16, S/14, B/16, L/16, H/14 (e128: the paper's smaller H/14); 32 for /32 as in
+# the paper's Table 9; our choice for tiny. Slots stay the same at a higher resolution. The demo's forward FLOPs are 1 %
+# above those of its dense twin.
 TOWERS = (
     Tower("demo", 8, (64,), num_experts=14, slots_per_expert=4),
     Tower("tiny", 16, (224, 256, 384), num_experts=128),
@@ -55,22 +65,32 @@ TOWERS = (
     Tower("large", 16, (224, 256, 384), num_experts=128),
     Tower("large", 32, (224, 256, 384), num_experts=32),
     Tower("huge", 14, (224, 256, 384), num_experts=256),
+    Tower("huge", 14, (224, 256, 384), num_experts=128, variant="_e128"),
 )
 
 
 class ReferenceViT(VisionTransformer):
     """timm's ViT as google-research/vmoe builds and initialises it: qk-norm, mean over tokens, no class token."""
 
-    def __init__(self, moe: MoEConfig | None = None, **timm_arguments):
-        super().__init__(weight_init="skip", **timm_arguments)
-        for block in self.blocks:
-            attention = block.attn
-            # timm's qk-norm has a bias, the reference's has none; timm offers no setting for it.
+    def __init__(self, moe: MoEConfig | None = None, pos_embed: str = "learn", qk_norm: bool = True, **timm_arguments):
+        learnt = "none" if pos_embed == "sincos2d" else pos_embed
+        super().__init__(weight_init="skip", pos_embed=learnt, qk_norm=qk_norm, **timm_arguments)
+        self.fixed_positions = pos_embed == "sincos2d"
+        # timm's qk-norm has a bias, the reference's has none; timm offers no setting for it, and none for the pool's.
+        pools = [] if self.attn_pool is None else [self.attn_pool]
+        for attention in [block.attn for block in self.blocks] + pools if qk_norm else []:
             attention.q_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
             attention.k_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
         self.init_like_reference()
         if moe is not None:
             install(self, moe)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add the fixed positions of the patches where the tower has them; learnt ones are timm's business."""
+        if self.fixed_positions:
+            grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
+            x = x + sincos2d(*grid, self.embed_dim, x.dtype).to(x.device).view(x.shape[1:])
+        return super()._pos_embed(x)
 
     @torch.no_grad()
     def init_like_reference(self) -> None:
@@ -80,11 +100,14 @@ class ReferenceViT(VisionTransformer):
             lecun_normal(patches.weight[0].numel(), patches.out_channels).T.reshape(patches.weight.shape)
         )
         nn.init.zeros_(patches.bias)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed, std=0.02)
+        if self.attn_pool is not None:
+            nn.init.xavier_uniform_(self.attn_pool.latent[0])
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            if name.endswith("attn.qkv"):  # query, key and value are three matrices in the reference
+            if name.endswith(("attn.qkv", "attn_pool.kv")):  # query, key and value are three matrices in the reference
                 nn.init.uniform_(module.weight, -sqrt(3 / module.in_features), sqrt(3 / module.in_features))
             else:
                 nn.init.xavier_uniform_(module.weight)
@@ -92,8 +115,8 @@ class ReferenceViT(VisionTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Name what timm's optimizers should not decay: positions, slot embeddings, router scales, expert biases."""
-        ours = ("slot_embed", "router_scale", "b_in", "b_out")
+        """Name what timm's optimizers should not decay: positions, probe, slot embeddings, router scales, biases."""
+        ours = ("slot_embed", "router_scale", "b_in", "b_out", "latent")
         return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(ours)}
 
 
@@ -130,10 +153,10 @@ def register(variant: str, tower: Tower, image_size: int, soft: bool) -> None:
 
 
 NAMES = {
-    f"{kind}_vit_{tower.size}_patch{tower.patch}_{image_size}": (tower, image_size, kind == "softmoe")
+    f"{kind}_vit_{tower.size}_patch{tower.patch}{tower.variant}_{image_size}": (tower, image_size, kind == "softmoe")
     for tower in TOWERS
     for image_size in tower.image_sizes
-    for kind in ("softmoe", "plain")
+    for kind in ("softmoe", *(() if tower.variant else ("plain",)))
 }
 # timm looks for this name in the module of an entry when it registers it.
 default_cfgs = generate_default_cfgs(

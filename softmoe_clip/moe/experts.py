@@ -1,16 +1,26 @@
 """The experts of a layer: one two-layer MLP each, all run in two batched matrix products."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+# gelu_tanh is the reference's; the others are those of dense models that become experts.
+ACTIVATIONS = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
 
 class Experts(nn.Module):
     """One two-layer MLP per expert; all start from the same weights, as in the reference (split_rngs=False)."""
 
-    def __init__(self, num_experts: int, width: int, hidden: int):
+    def __init__(self, num_experts: int, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
+        self.activation = activation
         self.w_in = nn.Parameter(same_xavier(num_experts, width, hidden))
         self.b_in = nn.Parameter(torch.randn(hidden).mul(1e-6).repeat(num_experts, 1))
         self.w_out = nn.Parameter(same_xavier(num_experts, hidden, width))
@@ -21,12 +31,12 @@ class Experts(nn.Module):
         b, e, s, d = slots.shape
         # baddbmm on (e, d, f) weights was the fastest of twelve forms on CPU; the test holds the einsum it must equal.
         rows = slots.transpose(0, 1).reshape(e, b * s, d)
-        hidden = F.gelu(torch.baddbmm(self.b_in[:, None], rows, self.w_in), approximate="tanh")
+        hidden = ACTIVATIONS[self.activation](torch.baddbmm(self.b_in[:, None], rows, self.w_in))
         return torch.baddbmm(self.b_out[:, None], hidden, self.w_out).view(e, b, s, d).transpose(0, 1)
 
     def extra_repr(self) -> str:
         e, d, f = self.w_in.shape
-        return f"num_experts={e}, width={d}, hidden={f}"
+        return f"num_experts={e}, width={d}, hidden={f}, activation={self.activation}"
 
 
 def same_xavier(num_experts: int, fan_in: int, fan_out: int) -> Float[Tensor, "e i o"]:

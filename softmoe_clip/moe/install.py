@@ -5,6 +5,8 @@ from torch import nn
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
 from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
+from softmoe_clip.moe.memory import check_memory
+from softmoe_clip.moe.shared import SharedExpert
 from softmoe_clip.moe.soft import SoftMoE
 from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
@@ -25,21 +27,26 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
     if config.router == "dense":
         return
+    check_fits([first for first, _ in linears.values()], config)
     layers = {i: new_layer(config, first.in_features, first.out_features) for i, (first, _) in linears.items()}
     check_tokens(next(iter(layers.values())), tower)
     for i, layer in layers.items():
         layer.label = f"image/block_{i}"
-        blocks[i].mlp = layer.to(linears[i][0].weight).train(chosen[i].training)
+        layer = layer.to(linears[i][0].weight).train(chosen[i].training)
+        blocks[i].mlp = SharedExpert(chosen[i], layer) if config.shared_expert else layer
 
 
 def new_layer(config: MoEConfig, width: int, hidden: int) -> nn.Module:
     """Make the layer of a router, with fresh weights."""
-    soft = {"soft": SoftMoE, "soft_uniform": SoftUniformMoE, "uniform_soft": UniformSoftMoE}
-    if config.router in soft:
-        return soft[config.router](width, config.num_experts, config.slots_per_expert, hidden, config.normalize)
+    sizes = (width, config.num_experts, config.slots_per_expert, hidden)
+    if config.router == "soft":
+        return SoftMoE(*sizes, config.normalize, config.activation)
+    half_learnt = {"soft_uniform": SoftUniformMoE, "uniform_soft": UniformSoftMoE}
+    if config.router in half_learnt:
+        return half_learnt[config.router](*sizes, config.normalize)
     fixed = {"uniform": UniformMoE, "identity": IdentityMoE}
     if config.router in fixed:
-        return fixed[config.router](width, config.num_experts, config.slots_per_expert, hidden)
+        return fixed[config.router](*sizes)
     shared = {
         "capacity_factor": config.capacity_factor,
         "capacity_rounding": config.capacity_rounding,
@@ -97,8 +104,8 @@ def chosen_blocks(config: MoEConfig, depth: int) -> list[int]:
 
 def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
     """Return both linear layers of a plain MLP; anything more in it would be lost, so it raises ValueError."""
-    if isinstance(mlp, SoftMoE | SparseMoE):
-        kind = "Soft MoE" if isinstance(mlp, SoftMoE) else "sparse MoE"
+    if isinstance(mlp, SoftMoE | SparseMoE | SharedExpert):
+        kind = "sparse MoE" if isinstance(mlp, SparseMoE) else "Soft MoE"
         raise ValueError(f"block {block} holds a {kind} layer already: choose other layers or a dense tower.")
     for names in MLP_LAYERS:
         layers = [getattr(mlp, name, None) for name in names]
@@ -109,3 +116,11 @@ def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
     raise ValueError(
         f"the {type(mlp).__name__} of block {block} is not a plain two-layer MLP: experts cannot replace it."
     )
+
+
+def check_fits(firsts: list[nn.Linear], config: MoEConfig) -> None:
+    """Refuse experts and slots that do not fit into memory, given the first linear layer of each MLP they replace."""
+    e, s = config.num_experts, config.slots_per_expert
+    sizes = [(first.in_features, first.out_features) for first in firsts]
+    num_parameters = sum(d * e * s + e * (2 * d * f + d + f) for d, f in sizes)
+    check_memory(num_parameters, f"{len(firsts)} MoE layers of {e:,} experts with {s:,} slots each")

@@ -28,7 +28,13 @@ class SoftMoE(nn.Module):
     """Each slot is a weighted mean of all tokens and goes through its expert; each token is a mean of the results."""
 
     def __init__(
-        self, width: int, num_experts: int, slots_per_expert: int = 1, hidden: int | None = None, normalize: bool = True
+        self,
+        width: int,
+        num_experts: int,
+        slots_per_expert: int = 1,
+        hidden: int | None = None,
+        normalize: bool = True,
+        activation: str = "gelu_tanh",
     ):
         super().__init__()
         self.normalize = normalize
@@ -36,7 +42,7 @@ class SoftMoE(nn.Module):
         self.label = "soft_moe"  # what routing statistics call this layer; `install` sets it
         self.slot_embed = nn.Parameter(lecun_normal(width, num_experts, slots_per_expert))
         self.router_scale = nn.Parameter(torch.ones(()))
-        self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden)
+        self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden, activation)
 
     def route(self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Compute both sets of weights, in float32 at least; a masked token gives and takes nothing."""
