@@ -1,21 +1,16 @@
 """The registered towers: sizes, parity with the reference, initialisation, cost."""
 
 import json
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import LayerNorm
+from golden_towers import golden_case, golden_vit
 
 import softmoe_clip.plugin
-from softmoe_clip.config import MoEConfig
 from softmoe_clip.models.complexity import image_complexity, mlp_macs, num_parameters, soft_moe_macs
-from softmoe_clip.models.vit import SIZES, TOWERS, ReferenceViT
-
-GOLDEN = Path(__file__).parent / "golden"
+from softmoe_clip.models.vit import SIZES, TOWERS
 
 
 def meta_tower(name, **overrides):
@@ -80,73 +75,10 @@ def test_every_registered_name_builds_for_its_picture_size(name):
     assert tower(torch.empty(1, 3, size, size, device="meta")).shape == (1, tower.num_features)
 
 
-def golden_tower(case):
-    """Build the reference's tower of a golden file, and fill it with the file's parameters."""
-    config = json.loads(str(case["meta"]))["config"]
-    encoder, p = config["encoder"], {k[6:]: torch.from_numpy(v).double() for k, v in case.items() if k[:6] == "param:"}
-    moe = encoder["moe"]
-    experts = case["param:Encoder/encoderblock_1/Moe/Router/mu"].shape[1:] if moe["layers"] else None
-    tower = ReferenceViT(
-        img_size=16,
-        patch_size=4,
-        num_classes=config["num_classes"],
-        global_pool="avg",
-        fc_norm=False,
-        class_token=False,
-        embed_dim=config["hidden_size"],
-        depth=encoder["num_layers"],
-        num_heads=encoder["num_heads"],
-        mlp_ratio=encoder["mlp_dim"] / config["hidden_size"],
-        qk_norm=True,
-        norm_layer=partial(LayerNorm, eps=1e-6),
-        act_layer="gelu_tanh",
-        moe=MoEConfig(layers=moe["layers"], num_experts=experts[0], slots_per_expert=experts[1]) if experts else None,
-    ).double()
-    d, state = config["hidden_size"], {}
-    state["patch_embed.proj.weight"] = p["embedding/kernel"].permute(3, 2, 0, 1)
-    state["patch_embed.proj.bias"] = p["embedding/bias"]
-    positions = "Encoder/posembed_input/pos_embedding"
-    state["pos_embed"] = p[positions] if positions in p else sincos(4, d)
-    state["norm.weight"], state["norm.bias"] = p["Encoder/encoder_norm/scale"], p["Encoder/encoder_norm/bias"]
-    state["head.weight"], state["head.bias"] = p["head/kernel"].T, p["head/bias"]
-    for i in range(encoder["num_layers"]):
-        theirs, ours = f"Encoder/encoderblock_{i}/", f"blocks.{i}."
-        for j in (0, 1):
-            state[f"{ours}norm{j + 1}.weight"] = p[f"{theirs}LayerNorm_{j}/scale"]
-            state[f"{ours}norm{j + 1}.bias"] = p[f"{theirs}LayerNorm_{j}/bias"]
-        attention, qkv = f"{theirs}SelfAttention/", ("query", "key", "value")
-        state[f"{ours}attn.qkv.weight"] = torch.cat([p[f"{attention}{x}/kernel"].reshape(d, d).T for x in qkv])
-        state[f"{ours}attn.qkv.bias"] = torch.cat([p[f"{attention}{x}/bias"].flatten() for x in qkv])
-        state[f"{ours}attn.q_norm.weight"] = p[f"{attention}query_ln/scale"]
-        state[f"{ours}attn.k_norm.weight"] = p[f"{attention}key_ln/scale"]
-        state[f"{ours}attn.proj.weight"] = p[f"{attention}out/kernel"].reshape(d, d).T
-        state[f"{ours}attn.proj.bias"] = p[f"{attention}out/bias"]
-        if i in moe["layers"]:
-            state[f"{ours}mlp.slot_embed"] = p[f"{theirs}Moe/Router/mu"]
-            state[f"{ours}mlp.router_scale"] = p[f"{theirs}Moe/Router/scale"]
-            for j, side in enumerate(("in", "out")):
-                state[f"{ours}mlp.experts.w_{side}"] = p[f"{theirs}Moe/Mlp/Dense_{j}/kernel"]
-                state[f"{ours}mlp.experts.b_{side}"] = p[f"{theirs}Moe/Mlp/Dense_{j}/bias"]
-        else:
-            for j in (0, 1):
-                state[f"{ours}mlp.fc{j + 1}.weight"] = p[f"{theirs}Mlp/Dense_{j}/kernel"].T
-                state[f"{ours}mlp.fc{j + 1}.bias"] = p[f"{theirs}Mlp/Dense_{j}/bias"]
-    tower.load_state_dict(state)
-    return tower
-
-
-def sincos(side, width):
-    """The reference's fixed positions: [sin x, cos x, sin y, cos y]."""
-    y, x = np.mgrid[:side, :side]
-    omega = 10_000 ** -(np.arange(width // 4) / (width // 4 - 1))
-    table = [f(np.outer(axis.flatten(), omega)) for axis in (x, y) for f in (np.sin, np.cos)]
-    return torch.from_numpy(np.concatenate(table, axis=1))[None]
-
-
 @pytest.mark.parametrize("name", ["vit_soft_gap_qknorm", "vit_dense_gap_sincos"])
 def test_whole_towers_equal_the_reference(name):
-    case = dict(np.load(GOLDEN / f"{name}.npz"))
-    tower, found = golden_tower(case), {}
+    case, params = golden_case(name)
+    tower, found = golden_vit(json.loads(str(case["meta"]))["config"], params), {}
     for i, block in enumerate(tower.blocks):
         block.register_forward_hook(lambda m, inputs, out, i=i: found.update({f"act:encoderblock_{i}": out}))
     tower.norm.register_forward_hook(lambda m, inputs, out: found.update({"act:encoded": out}))

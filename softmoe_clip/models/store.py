@@ -19,6 +19,8 @@ from softmoe_clip.models.create import build, read_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+# The architecture of a text tower from transformers travels along, so that the folder can be moved.
+TRANSFORMERS_CONFIG = "config.json"
 # open_clip's own order of names; the first one that is there is loaded.
 FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 
@@ -101,6 +103,8 @@ def load_folder(folder: Path) -> LoadedModel:
     # The folder's weights follow: nothing may be fetched for the towers.
     if "hf_model_name" in to_build["model_cfg"]["text_cfg"]:
         to_build["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+        if (folder / TRANSFORMERS_CONFIG).is_file():
+            to_build["model_cfg"]["text_cfg"]["hf_model_name"] = str(folder)
     to_build["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
     model = build(to_build, source=str(config_file))
     load_weights(model, folder)
@@ -182,6 +186,10 @@ def save(loaded: LoadedModel, folder: str | Path) -> None:
         write_tensors(weights, partial / WEIGHTS_FILE)
         if hasattr(loaded.tokenizer, "save"):
             loaded.tokenizer.save(partial)
+        elif hasattr(loaded.tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
+            loaded.tokenizer.save_pretrained(partial)
+        if "hf_model_name" in loaded.config["model_cfg"]["text_cfg"]:
+            loaded.model.text.config.save_pretrained(partial)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -1,7 +1,6 @@
 """The paper's image towers on timm's VisionTransformer, under the timm names softmoe_vit_* and plain_vit_*."""
 
 from functools import partial
-from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.models.reference_start import init_linears_like_reference
 from softmoe_clip.moe.install import install
 from softmoe_clip.moe.soft import lecun_normal
 
@@ -81,14 +81,7 @@ class ReferenceViT(VisionTransformer):
         )
         nn.init.zeros_(patches.bias)
         nn.init.normal_(self.pos_embed, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if name.endswith("attn.qkv"):  # query, key and value are three matrices in the reference
-                nn.init.uniform_(module.weight, -sqrt(3 / module.in_features), sqrt(3 / module.in_features))
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
+        init_linears_like_reference(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -5,7 +5,12 @@ from dataclasses import replace
 import torch
 
 from softmoe_clip.config import ModelConfig, TrainConfig
-from softmoe_clip.data_pipelines.tokenizers import Tokenizer, load_tokenizer, open_clip_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import (
+    Tokenizer,
+    TransformersTokenizer,
+    load_tokenizer,
+    open_clip_tokenizer,
+)
 from softmoe_clip.models.create import create_model, folder_config, read_architecture
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
@@ -13,18 +18,22 @@ from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 def build(config: TrainConfig) -> LoadedModel:
     """Create the model of a run; the same seed gives the same weights."""
-    context_length = read_architecture(config.model.arch)["text_cfg"].get("context_length", 77)
-    tokenizer = run_tokenizer(config.tokenizer, context_length)
+    tokenizer = run_tokenizer(config.tokenizer, read_architecture(config.model.arch)["text_cfg"])
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
-    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length)
-    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
+    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 
 
-def run_tokenizer(name: str, context_length: int) -> Tokenizer:
-    """Return open_clip's BPE, or the tokenizer in a folder or file."""
-    return open_clip_tokenizer(context_length) if name == "open_clip" else load_tokenizer(name, context_length)
+def run_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
+    """Return the tokenizer in a folder or file; for `open_clip` the one that the architecture names, else CLIP's BPE."""
+    context_length = text_cfg.get("context_length", 77)
+    if name != "open_clip":
+        return load_tokenizer(name, context_length)
+    if text_cfg.get("hf_tokenizer_name"):
+        return TransformersTokenizer(text_cfg["hf_tokenizer_name"], context_length)
+    return open_clip_tokenizer(context_length)
 
 
 def with_loss_start(model: ModelConfig, loss: str) -> ModelConfig:
