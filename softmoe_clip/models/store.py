@@ -132,7 +132,8 @@ def folder_tokenizer(folder: Path, text_cfg: dict):
     """Load our tokenizer where the folder holds one, else the one open_clip takes for such a folder."""
     from softmoe_clip.data_pipelines.tokenizers import MODEL_FILE, SETTINGS_FILE, load_tokenizer
 
-    if (folder / SETTINGS_FILE).exists() or (folder / MODEL_FILE).exists():
+    lone_model = (folder / MODEL_FILE).exists() and not text_cfg.get("hf_tokenizer_name")
+    if (folder / SETTINGS_FILE).exists() or lone_model:
         return load_tokenizer(folder, text_cfg.get("context_length"))
     import open_clip
 

@@ -117,7 +117,7 @@ class TextTower(nn.Module):
 
 
 def map_head(width: int, num_heads: int, hidden: int) -> AttentionPoolLatent:
-    """Make the reference's MapHead: attention of a probe (with qk-norm), then x + MLP(LN(x)) without a residual before."""
+    """Make the reference's MapHead: z = attention of a learned probe (qk-norm, nothing added), then z + MLP(LN(z))."""
     head = AttentionPoolLatent(width, num_heads=num_heads, norm_layer=NORM)
     head.q_norm, head.k_norm = QK_NORM(width // num_heads), QK_NORM(width // num_heads)
     head.mlp = Mlp(width, hidden, act_layer=GELU)
@@ -138,7 +138,7 @@ def attention_bias(mask: Bool[Tensor, "b l"] | None, tokens: Float[Tensor, "b l 
 
 
 def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
-    """Build the tower that a text_cfg with the key `softmoe_text` (pool, padding) describes; every other key is checked."""
+    """Build the tower of a text_cfg with the key `softmoe_text` (pool, padding); a key that nothing reads is refused."""
     sizes = dict(text_cfg)
     choices = sizes.pop("softmoe_text") or {}
     missing = [name for name in SIZES if name not in sizes]

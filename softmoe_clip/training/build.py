@@ -27,7 +27,7 @@ def build(config: TrainConfig) -> LoadedModel:
 
 
 def run_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
-    """Return the tokenizer in a folder or file; for `open_clip` the one that the architecture names, else CLIP's BPE."""
+    """Return the tokenizer in a folder or file; for `open_clip` the one the architecture names, else CLIP's BPE."""
     context_length = text_cfg.get("context_length", 77)
     if name != "open_clip":
         return load_tokenizer(name, context_length)
