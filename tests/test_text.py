@@ -1,20 +1,25 @@
 """Our text tower: equal to the reference, blind to padding where it masks it, in and out of a model folder."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from golden_towers import below, golden_case, golden_text_tower, golden_vit
 from timm.layers import LayerNorm
 from torch import nn
 
-from softmoe_clip.config import ModelConfig, MoEConfig
+from softmoe_clip.config import ModelConfig, MoEConfig, TrainConfig
+from softmoe_clip.data_pipelines.strict import load_strict
 from softmoe_clip.models import text
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
 from softmoe_clip.models.text import TextTower, build_text_tower, through_first_end
 from softmoe_clip.moe import SoftMoE, collect_routing, install
+from softmoe_clip.training.loop import train
 from softmoe_clip.training.losses import siglip_loss
 
 END, VOCABULARY, LENGTH = 1, 20, 7
@@ -150,6 +155,38 @@ def test_two_towers_equal_the_reference():
         tolerance = 1e-6 if key.startswith("grad:") else 1e-10
         difference = np.abs(value.detach().numpy() - case[key]).max()
         assert difference <= tolerance * max(1, np.abs(case[key]).max()), key
+
+
+def test_the_map_head_takes_the_references_parameters():
+    # Einsums over the reference's own layouts: (width, heads, head_width) and back.
+    case, params = golden_case("twotower_soft_siglip")
+    config, params = json.loads(str(case["meta"]))["text"] | {"pool_type": "map"}, below("txt/", params)
+    block, rng = below("Encoder/encoderblock_0/", params), np.random.default_rng(0)
+    parts = {f"MultiHeadDotProductAttention/{key}": v for key, v in below("SelfAttention/", block).items()}
+    parts |= {f"LayerNorm/{key}": block[f"LayerNorm_0/{key}"] for key in ("scale", "bias")}
+    parts |= {f"Mlp/Dense_{j}/{key}": block[f"Mlp/Dense_{j}/{key}"] for j in (0, 1) for key in ("kernel", "bias")}
+    parts["probe"] = torch.zeros(1, 1, 16)
+    head = {key: rng.normal(size=value.shape) for key, value in parts.items()}
+    model = golden_text_tower(config, params | {f"MapHead/{key}": torch.from_numpy(v) for key, v in head.items()})
+    seen = {}
+    model.norm.register_forward_hook(lambda module, inputs, out: seen.update(tokens=out.detach().numpy()))
+    model.head.register_forward_pre_hook(lambda module, inputs: seen.update(pooled=inputs[0].detach().numpy()))
+    model(torch.from_numpy(case["text"]).long())
+
+    def norm(x, scale, bias=0):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+    a = below("MultiHeadDotProductAttention/", head)
+    q = norm(np.einsum("bld,dhk->blhk", head["probe"], a["query/kernel"]) + a["query/bias"], a["query_ln/scale"])
+    k = norm(np.einsum("bld,dhk->blhk", seen["tokens"], a["key/kernel"]) + a["key/bias"], a["key_ln/scale"])
+    v = np.einsum("bld,dhk->blhk", seen["tokens"], a["value/kernel"]) + a["value/bias"]
+    weights = softmax(np.einsum("qhk,blhk->bhql", q[0], k) / np.sqrt(8), -1)
+    z = np.einsum("bhql,blhk,hkd->bqd", weights, v, a["out/kernel"])[:, 0] + a["out/bias"]
+    hidden = gelu(
+        norm(z, head["LayerNorm/scale"], head["LayerNorm/bias"]) @ head["Mlp/Dense_0/kernel"] + head["Mlp/Dense_0/bias"]
+    )
+    expected = z + hidden @ head["Mlp/Dense_1/kernel"] + head["Mlp/Dense_1/bias"]
+    np.testing.assert_allclose(seen["pooled"], expected, rtol=0, atol=1e-11)
 
 
 def test_what_is_real_goes_through_the_first_end_token():
@@ -302,6 +339,28 @@ def test_the_mask_works_in_half_precision_and_under_autocast():
     torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.3)
 
 
+EXPORTED = """
+import torch
+from softmoe_clip.config import MoEConfig
+from softmoe_clip.models.text import TextTower
+from softmoe_clip.moe import install
+for pool in ("last", "map"):
+    tower = TextTower(7, 20, 16, 2, 2, 24, 12, pool=pool, padding="mask", eos_id=1).eval()
+    install(tower, MoEConfig(layers=[1], num_experts=3))
+    token_ids = torch.tensor([[5, 9, 1, 4, 4, 1, 8], [2, 3, 4, 5, 6, 7, 1], [3, 1, 1, 1, 1, 1, 1]])
+    exported = torch.export.export(tower, (token_ids,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},))
+    torch.testing.assert_close(exported.module()(token_ids[:2]), tower(token_ids[:2]))
+    compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(token_ids), tower(token_ids))
+"""
+
+
+@pytest.mark.slow
+def test_the_tower_is_exported_for_any_batch_and_compiled_in_one_graph():
+    # In a process of its own: the shape checks that the tests switch on cannot be compiled.
+    subprocess.run([sys.executable, "-c", EXPORTED], check=True)
+
+
 def test_routing_is_reported_under_the_text_towers_name():
     with collect_routing() as collected:
         tower("last", "mask", moe=True)(TOKEN_IDS)
@@ -373,6 +432,8 @@ def test_our_tower_with_experts_comes_back_from_a_folder_with_the_same_bits(tmp_
     assert torch.equal(model.encode_text(token_ids), again.model.encode_text(token_ids))
     assert again.config == written
     assert again.model.text.eos_id == END
+    with pytest.raises(TypeError, match="softmoe_text"):  # rather than a model that is something else
+        open_clip.create_model(f"local-dir:{tmp_path / 'model'}")
 
 
 def test_both_towers_of_a_packaged_architecture_learn():
@@ -382,6 +443,24 @@ def test_both_towers_of_a_packaged_architecture_learn():
     (out["image_features"] * out["text_features"]).sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name.startswith("text."))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_run_trains_experts_in_the_text_tower_and_knows_the_end_token(tiny_settings, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    arch = architecture(tmp_path, SIZES | {"context_length": 12, "softmoe_text": {"padding": "mask"}})
+    model = {"arch": arch, "text_moe": {"layers": [0], "num_experts": 3}}
+    settings = {**tiny_settings, "model": model, "out": str(tmp_path / "run"), "steps": 2}
+    run = train(load_strict(TrainConfig, settings, ()))
+    loaded = load(run)
+    assert loaded.model.text.eos_id == loaded.tokenizer.eos_id
+    assert loaded.config["softmoe"]["text_moe"]["num_experts"] == 3
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert any(key.startswith("routing/text/block_0/") for key in first)
+    one = loaded.model.encode_text(loaded.tokenizer(["a red circle"]))
+    cut = loaded.model.encode_text(loaded.tokenizer(["a red circle"])[:, :9])
+    torch.testing.assert_close(one, cut, rtol=1e-5, atol=1e-6)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_causal_tower_refuses_soft_moe_and_says_why(tmp_path):

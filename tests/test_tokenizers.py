@@ -50,14 +50,14 @@ def test_every_kind_keeps_the_end_token_when_it_cuts(model_file, bert):
 
 
 def test_sentencepiece_ids_are_those_of_the_reference(tmp_path):
-    # A model like c4_en: padding 0, end 1, unknown 2, no begin. big_vision: lower, encode, cut to l - 1, end token, pad 1.
+    # A model like c4_en: padding 0, end 1, unknown 2. big_vision: lower case, encode, cut to l - 1, end token, pad 1.
     import sentencepiece
 
     SentencePieceTrainer = sentencepiece.SentencePieceTrainer
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS).lower())
     options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 3}
     SentencePieceTrainer.train(
-        input=str(tmp_path / "captions.txt"), model_prefix=str(tmp_path / "c4"), vocab_size=60, **options
+        input=str(tmp_path / "captions.txt"), model_prefix=str(tmp_path / "c4"), vocab_size=34, **options
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "c4.model"))
     tokenizer = load_tokenizer(tmp_path / "c4.model", 16)
@@ -67,7 +67,7 @@ def test_sentencepiece_ids_are_those_of_the_reference(tmp_path):
         ids = [*processor.encode(caption.lower())[:15], 1]
         expected.append(ids + [1] * (16 - len(ids)))
     assert tokenizer(captions).tolist() == expected
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 60)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 34)
 
 
 def test_transformers_ids_are_its_own_and_open_clips(bert):
@@ -85,7 +85,7 @@ def test_transformers_ids_are_its_own_and_open_clips(bert):
 
 
 def test_a_folder_of_transformers_wins_over_a_sentencepiece_file_in_it(bert, model_file, tmp_path):
-    write_tokenizer(tmp_path / "both")
+    TransformersTokenizer(bert, 8).tokenizer.save_pretrained(tmp_path / "both")
     (tmp_path / "both" / "tokenizer.model").write_bytes(model_file.read_bytes())
     assert isinstance(load_tokenizer(tmp_path / "both", 8), TransformersTokenizer)
 

@@ -106,7 +106,7 @@ class TextTower(nn.Module):
             return self.attn_pool(tokens, attn_mask=attention_bias(mask, tokens))
         if mask is None:
             return tokens[:, -1]
-        return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
+        return tokens[torch.arange(tokens.shape[0], device=tokens.device), mask.sum(1) - 1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for backward, and compute the rest again; open_clip calls this."""
@@ -138,7 +138,7 @@ def attention_bias(mask: Bool[Tensor, "b l"] | None, tokens: Float[Tensor, "b l 
 
 
 def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
-    """Build the tower of a text_cfg with the key `softmoe_text` (pool, padding); a key that nothing reads is refused."""
+    """Build the tower of a text_cfg with the key `softmoe_text` (pool, padding); refuse a key that nothing reads."""
     sizes = dict(text_cfg)
     choices = sizes.pop("softmoe_text") or {}
     missing = [name for name in SIZES if name not in sizes]

@@ -18,7 +18,12 @@ from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 def build(config: TrainConfig) -> LoadedModel:
     """Create the model of a run; the same seed gives the same weights."""
-    tokenizer = run_tokenizer(config.tokenizer, read_architecture(config.model.arch)["text_cfg"])
+    text_cfg = read_architecture(config.model.arch)["text_cfg"]
+    tokenizer = run_tokenizer(config.tokenizer, text_cfg)
+    if tokenizer.eos_id is None and text_cfg.get("softmoe_text", {}).get("padding") == "mask":
+        raise ValueError(
+            f"tokenizer {config.tokenizer} has no end token, which `padding: mask` of {config.model.arch} needs"
+        )
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
     model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
