@@ -1,4 +1,4 @@
-"""From captions to ids: sentencepiece as the reference uses it, and CLIP's BPE through open_clip; one interface."""
+"""From captions to ids: sentencepiece as the reference uses it, CLIP's BPE and transformers' through open_clip."""
 
 import io
 import json
@@ -13,6 +13,8 @@ from torch import Tensor
 
 SETTINGS_FILE = "softmoe_tokenizer.json"
 MODEL_FILE = "tokenizer.model"
+# Any of them makes a folder one of transformers': its fast tokenizers, their settings, BERT's words, T5's pieces.
+TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # The trainer skips sentences over 4,192 bytes; 1,000 characters are at most 4,000.
 MAX_TRAINING_CHARACTERS = 1000
 # No vocabulary known to us has pieces longer than 32 characters, so that what is cut off could not have become an id.
@@ -21,12 +23,15 @@ CHARACTERS_PER_ID = 32
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a tower needs of its tokenizer: int64 (b, l) for b captions, padded with `pad_id`, end token kept."""
+    """What a tower needs of its tokenizer: int64 (b, l) for b captions, padded with `pad_id`, end token kept.
+
+    `eos_id` is None for the few of transformers' that end a caption without a token.
+    """
 
     context_length: int
     vocab_size: int
     pad_id: int
-    eos_id: int
+    eos_id: int | None
 
     def __call__(self, captions: list[str]) -> Tensor: ...
 
@@ -98,20 +103,58 @@ class OpenClipTokenizer:
         write_settings(folder, "open_clip", self.context_length)
 
 
+class TransformersTokenizer:
+    """A tokenizer in a folder of transformers' (or a name on the hub), through open_clip's own `HFTokenizer`.
+
+    Nothing that the folder holds is executed. Padding goes to the right; special tokens survive the cut.
+    """
+
+    def __init__(self, source: str | Path, context_length: int):
+        # Its threads would not survive the fork of a loader's workers; open_clip says so, too, but only when imported.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from open_clip.tokenizer import HFTokenizer
+
+        check_context_length(context_length)
+        self.context_length = context_length
+        try:
+            self.tokenizer = HFTokenizer(str(source), context_length, trust_remote_code=False)
+        except Exception as error:  # a damaged file fails in many ways, and each of them means the same to the user
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{source} holds no tokenizer that transformers can load: {reason}") from None
+        inner = self.tokenizer.tokenizer
+        inner.padding_side = inner.truncation_side = "right"
+        if inner.pad_token_id is None:
+            raise ValueError(f"the tokenizer in {source} has no padding token: set its pad_token")
+        self.vocab_size, self.pad_id = len(inner), inner.pad_token_id
+        last = inner("a").input_ids[-1]
+        self.eos_id = last if last in inner.all_special_ids else None
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l)."""
+        return self.tokenizer([shortened(caption, self.context_length) for caption in captions])
+
+    def save(self, folder: str | Path) -> None:
+        """Write transformers' own files, and the settings."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        write_settings(folder, "transformers", self.context_length)
+
+
 def open_clip_tokenizer(context_length: int = 77) -> OpenClipTokenizer:
     """Make a tokenizer with CLIP's BPE vocabulary (49,408 ids)."""
     return OpenClipTokenizer(context_length)
 
 
 def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
-    """Load from a folder that `save` wrote, or a sentencepiece model file; `context_length` wins over the saved one.
+    """Load from a folder that `save` or transformers wrote, or a sentencepiece file; `context_length` wins over theirs.
 
     Raises ValueError where nothing says how long the rows are, or what kind of tokenizer it is.
     """
     source = Path(source)
     if not source.exists():
         raise ValueError(
-            f"tokenizer {source} does not exist: give a folder with {SETTINGS_FILE} or a sentencepiece model"
+            f"tokenizer {source} does not exist: give a folder with {SETTINGS_FILE}, one of transformers', or a "
+            "sentencepiece model"
         )
     settings = read_settings(source) if source.is_dir() else {"kind": "sentencepiece"}
     context_length = context_length or settings.get("context_length")
@@ -119,6 +162,8 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
         raise ValueError(f"tokenizer {source} does not say its context_length: give one")
     if settings["kind"] == "open_clip":
         return OpenClipTokenizer(context_length)
+    if settings["kind"] == "transformers":
+        return TransformersTokenizer(source, context_length)
     return SentencePieceTokenizer(source / MODEL_FILE if source.is_dir() else source, context_length)
 
 
@@ -180,19 +225,23 @@ def write_settings(folder: str | Path, kind: str, context_length: int) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    """Read what `write_settings` wrote; a lone sentencepiece model needs no settings."""
+    """Read what `write_settings` wrote; a folder of transformers' and a lone sentencepiece model need no settings."""
     file = folder / SETTINGS_FILE
     if not file.exists():
+        if any((folder / name).exists() for name in TRANSFORMERS_FILES):
+            return {"kind": "transformers"}
         if (folder / MODEL_FILE).exists():
             return {"kind": "sentencepiece"}
-        raise ValueError(f"{folder} holds no tokenizer: neither {SETTINGS_FILE} nor {MODEL_FILE} is there")
+        raise ValueError(
+            f"{folder} holds no tokenizer: neither {SETTINGS_FILE}, {MODEL_FILE} nor tokenizer.json is there"
+        )
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings["kind"]
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is damaged: it should hold a kind and a context_length") from None
-    if kind not in ("sentencepiece", "open_clip"):
-        raise ValueError(f"{file} names the kind {kind!r}; known are sentencepiece and open_clip")
+    if kind not in ("sentencepiece", "open_clip", "transformers"):
+        raise ValueError(f"{file} names the kind {kind!r}; known are sentencepiece, open_clip and transformers")
     return settings
 
 

@@ -84,13 +84,14 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A two-tower model: an open_clip architecture, and the Soft MoE layers put into its image tower.
+    """A two-tower model: an open_clip architecture, and the Soft MoE layers put into its towers.
 
     `arch` is a name in `configs/models`, an open_clip architecture, or a path to a JSON in open_clip's format.
     """
 
     arch: str
     image_moe: MoEConfig | None = None
+    text_moe: MoEConfig | None = None  # for a bidirectional text tower: ours (`softmoe_text` in text_cfg), or SigLIP's
     start: Literal["reference", "quick"] = "reference"  # quick: for runs of minutes, see models/starts.py
     init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
     init_logit_bias: float | None = None
@@ -133,7 +134,9 @@ class TrainConfig:
     out: str
     model: ModelConfig
     data: DataConfig
-    tokenizer: str = "open_clip"  # or a folder or file with a sentencepiece model
+    # open_clip: the one that the architecture names, else CLIP's BPE; or a folder of transformers' or of ours, or a
+    # sentencepiece file
+    tokenizer: str = "open_clip"
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     loss: Literal["clip", "siglip"] = "siglip"

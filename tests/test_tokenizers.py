@@ -1,5 +1,6 @@
 """Tokenizers: sticky end token, lower case, quick on anything, the same bytes from the same captions."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -7,9 +8,12 @@ import time
 
 import pytest
 import torch
+from tiny_bert import VOCABULARY, write_tokenizer
 
 from softmoe_clip.data_pipelines.tokenizers import (
     SentencePieceTokenizer,
+    Tokenizer,
+    TransformersTokenizer,
     load_tokenizer,
     open_clip_tokenizer,
     train_tokenizer,
@@ -25,6 +29,78 @@ def model_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(CAPTIONS, file, vocab_size=100)
     return file
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers") / "bert"
+    write_tokenizer(folder)
+    return folder
+
+
+def test_every_kind_keeps_the_end_token_when_it_cuts(model_file, bert):
+    for tokenizer in (SentencePieceTokenizer(model_file, 9), open_clip_tokenizer(9), TransformersTokenizer(bert, 9)):
+        assert isinstance(tokenizer, Tokenizer)
+        short, long = tokenizer(["a dog", "the red dog, the blue house and a green cat " * 30])
+        assert short.dtype == torch.int64
+        assert (long == tokenizer.eos_id).nonzero().tolist() == [[8]]
+        first = (short == tokenizer.eos_id).nonzero()[0].item()
+        assert first < 8
+        assert (short[first + 1 :] == tokenizer.pad_id).all()
+
+
+def test_sentencepiece_ids_are_those_of_the_reference(tmp_path):
+    # A model like c4_en: padding 0, end 1, unknown 2. big_vision: lower case, encode, cut to l - 1, end token, pad 1.
+    import sentencepiece
+
+    SentencePieceTrainer = sentencepiece.SentencePieceTrainer
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS).lower())
+    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 3}
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "captions.txt"), model_prefix=str(tmp_path / "c4"), vocab_size=34, **options
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "c4.model"))
+    tokenizer = load_tokenizer(tmp_path / "c4.model", 16)
+    captions = [*CAPTIONS[:3], "RED", "", "The Cat is left of the Bicycle. " * 9, "a zebra ½ 猫"]
+    expected = []
+    for caption in captions:
+        ids = [*processor.encode(caption.lower())[:15], 1]
+        expected.append(ids + [1] * (16 - len(ids)))
+    assert tokenizer(captions).tolist() == expected
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 34)
+
+
+def test_transformers_ids_are_its_own_and_open_clips(bert):
+    from open_clip.tokenizer import HFTokenizer
+    from transformers import AutoTokenizer
+
+    captions = ["a red dog", "", "Dogs, cats AND  houses\n of the blue dog" * 5, "é zebra [SEP]"]
+    tokenizer = load_tokenizer(bert, 12)
+    assert torch.equal(tokenizer(captions), HFTokenizer(str(bert), 12)(captions))
+    theirs = AutoTokenizer.from_pretrained(bert)
+    theirs = theirs(captions, max_length=12, truncation=True, padding="max_length", return_tensors="pt")
+    assert torch.equal(tokenizer(captions), theirs.input_ids)
+    words = [VOCABULARY[i] for i in tokenizer(["Dogs, a zebra"])[0]]
+    assert words == ["[CLS]", "dog", "##s", ",", "a", "[UNK]", "[SEP]", *["[PAD]"] * 5]
+
+
+def test_a_folder_of_transformers_wins_over_a_sentencepiece_file_in_it(bert, model_file, tmp_path):
+    TransformersTokenizer(bert, 8).tokenizer.save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.model").write_bytes(model_file.read_bytes())
+    assert isinstance(load_tokenizer(tmp_path / "both", 8), TransformersTokenizer)
+
+
+def test_a_tokenizer_of_transformers_that_executes_code_or_cannot_pad_is_refused(tmp_path):
+    for name, settings, message in [
+        ("code", {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}, "tokenizer_class": "Mine"}, "cannot|can load"),
+        ("nopad", {"tokenizer_class": "BertTokenizer", "pad_token": None}, "no padding token"),
+    ]:
+        write_tokenizer(tmp_path / name)
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
+        (tmp_path / name / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path / name, 8)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_rows_end_and_are_padded_with_the_end_token(model_file):
@@ -53,8 +129,8 @@ def test_cutting_long_captions_changes_no_id(model_file):
 
 
 @pytest.mark.parametrize("caption", ["x" * 10_000, "a dog " * 1700, " " * 10_000, "é猫" * 5000, "\0" * 10_000])
-def test_captions_of_ten_thousand_characters_are_quick(model_file, caption):
-    for tokenizer in (SentencePieceTokenizer(model_file, 24), open_clip_tokenizer(77)):
+def test_captions_of_ten_thousand_characters_are_quick(model_file, bert, caption):
+    for tokenizer in (SentencePieceTokenizer(model_file, 24), open_clip_tokenizer(77), TransformersTokenizer(bert, 32)):
         start = time.perf_counter()
         assert tokenizer([caption]).shape == (1, tokenizer.context_length)
         assert time.perf_counter() - start < 0.2
@@ -81,7 +157,13 @@ def test_no_captions_are_refused(tmp_path, captions):
 
 
 def test_saved_tokenizers_load_the_same(tmp_path, model_file):
-    for name, tokenizer in {"a": SentencePieceTokenizer(model_file, 6), "b": open_clip_tokenizer(12)}.items():
+    write_tokenizer(tmp_path / "bert")
+    tokenizers = {
+        "a": SentencePieceTokenizer(model_file, 6),
+        "b": open_clip_tokenizer(12),
+        "c": TransformersTokenizer(tmp_path / "bert", 7),
+    }
+    for name, tokenizer in tokenizers.items():
         tokenizer.save(tmp_path / name)
         loaded = load_tokenizer(tmp_path / name)
         for attribute in ("context_length", "vocab_size", "pad_id", "eos_id"):

@@ -1,4 +1,4 @@
-"""Build two-tower models: open_clip's own classes, with Soft MoE layers put into the image tower where asked for."""
+"""Build two-tower models: open_clip's own classes, with our text tower and Soft MoE layers where asked for."""
 
 import json
 from copy import deepcopy
@@ -19,15 +19,24 @@ NEW_MODEL_PREPROCESS = {
     "resize_mode": "squash",
 }
 
+# The key of text_cfg that asks for our text tower; open_clip refuses a file that has it, rather than misread it.
+OUR_TEXT = "softmoe_text"
+# What open_clip builds, for a moment, where our text tower goes.
+PLACEHOLDER_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+
 
 def create_model(
-    config: ModelConfig, vocab_size: int | None = None, context_length: int | None = None, output_dict: bool = True
+    config: ModelConfig,
+    vocab_size: int | None = None,
+    context_length: int | None = None,
+    output_dict: bool = True,
+    eos_id: int | None = None,
 ) -> nn.Module:
     """Build a new open_clip model with fresh weights, ready to train; see `folder_config` for the arguments.
 
     The bias of the text tower's qk-norm stays zero and frozen: the reference has none, but open_clip's files need it.
     """
-    model = build(folder_config(config, vocab_size, context_length), output_dict)
+    model = build(folder_config(config, vocab_size, context_length, eos_id), output_dict)
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.ln_q.bias", "attn.ln_k.bias")):
             parameter.requires_grad_(False)
@@ -36,21 +45,26 @@ def create_model(
     return model
 
 
-def folder_config(config: ModelConfig, vocab_size: int | None = None, context_length: int | None = None) -> dict:
+def folder_config(
+    config: ModelConfig, vocab_size: int | None = None, context_length: int | None = None, eos_id: int | None = None
+) -> dict:
     """Return what `open_clip_config.json` of such a model holds: model_cfg, preprocess_cfg, and softmoe where needed.
 
-    `vocab_size` and `context_length` are the tokenizer's and win over those of the architecture.
+    `vocab_size`, `context_length` and `eos_id` are the tokenizer's and win over those of the architecture; only our
+    text tower is told of the end token.
     """
     model_cfg = read_architecture(config.arch)
-    tokenizer_sizes = {"vocab_size": vocab_size, "context_length": context_length}
-    model_cfg["text_cfg"] |= {name: size for name, size in tokenizer_sizes.items() if size is not None}
+    from_tokenizer = {"vocab_size": vocab_size, "context_length": context_length}
+    if OUR_TEXT in model_cfg["text_cfg"]:
+        from_tokenizer["eos_id"] = eos_id
+    model_cfg["text_cfg"] |= {name: value for name, value in from_tokenizer.items() if value is not None}
     starts = {"init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias}
     model_cfg |= {name: start for name, start in starts.items() if start is not None}
     written = {"model_cfg": model_cfg, "preprocess_cfg": deepcopy(NEW_MODEL_PREPROCESS)}
-    if config.image_moe is not None:
-        moe = asdict(config.image_moe)
-        moe["layers"] = moe["layers"] if isinstance(moe["layers"], str) else list(moe["layers"])
-        written["softmoe"] = {"image_moe": moe}
+    for tower, moe in (("image_moe", config.image_moe), ("text_moe", config.text_moe)):
+        if moe is not None:
+            layers = moe.layers if isinstance(moe.layers, str) else list(moe.layers)
+            written.setdefault("softmoe", {})[tower] = asdict(moe) | {"layers": layers}
     return written
 
 
@@ -92,26 +106,61 @@ def build(written: dict, output_dict: bool = True, source: str = "the model conf
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     import softmoe_clip.plugin  # noqa: F401  makes our towers known to timm
+    from softmoe_clip.moe.install import install
 
-    arguments = deepcopy(written["model_cfg"])
-    custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
-    kind = (
-        open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    )
-    if kind is not open_clip.CoCa:  # whose output is a dict anyway
-        arguments["output_dict"] = output_dict
-    try:
-        model = kind(**arguments)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{source} describes no model that can be built: {' '.join(str(error).split())}") from None
-    if image_moe := written.get("softmoe", {}).get("image_moe"):
-        from softmoe_clip.moe.install import install
-
-        install(model.visual, MoEConfig(**image_moe))
+    moe = written.get("softmoe", {})
+    model = build_dense(written["model_cfg"], "text_moe" in moe, output_dict, source)
+    if "image_moe" in moe:
+        install(model.visual, MoEConfig(**moe["image_moe"]))
+    if "text_moe" in moe:
+        install(model.text, MoEConfig(**moe["text_moe"]))
     check_image_size(model.visual, source)
     preprocess = merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"])
     open_clip.set_model_preprocess_cfg(model, preprocess | {"size": model.visual.image_size})
     return model
+
+
+def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str) -> nn.Module:
+    """Build open_clip's model; where text_cfg has the key `softmoe_text`, our text tower takes the place of its own."""
+    import open_clip
+
+    arguments = deepcopy(model_cfg)
+    text_cfg = arguments["text_cfg"]
+    ours, from_transformers = OUR_TEXT in text_cfg, bool(text_cfg.get("hf_model_name"))
+    custom_text = arguments.pop("custom_text", False) or from_transformers or ours or text_moe
+    kind = (
+        open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    )
+    if ours:
+        if kind is open_clip.CoCa:
+            raise ValueError(f"{source}: CoCa's decoder needs open_clip's own text tower, take out {OUR_TEXT}")
+        arguments["text_cfg"] = PLACEHOLDER_TEXT
+    if kind is not open_clip.CoCa:  # whose output is a dict anyway
+        arguments["output_dict"] = output_dict
+    try:
+        model = kind(**arguments)
+    except (TypeError, RuntimeError, AssertionError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} describes no model that can be built: {reason}") from None
+    if ours:
+        from softmoe_clip.models.text import build_text_tower
+
+        model.text = build_text_tower(text_cfg, arguments["embed_dim"])
+        model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+    if from_transformers:
+        check_transformers_sizes(model.text, text_cfg, source)
+        model.text.float()  # transformers keeps the precision of the file, half for some
+    return model
+
+
+def check_transformers_sizes(tower: nn.Module, text_cfg: dict, source: str) -> None:
+    """Refuse a tokenizer with more ids, or longer rows, than the embeddings of a transformers tower have."""
+    for name in ("vocab_size", "context_length"):
+        wanted, there = text_cfg.get(name, 0), getattr(tower, name)
+        if there and wanted > there:
+            raise ValueError(
+                f"{source}: text_cfg.{name} (the tokenizer's) is {wanted}, but {text_cfg['hf_model_name']} has {there}"
+            )
 
 
 def check_image_size(tower: nn.Module, source: str) -> None:

@@ -20,6 +20,8 @@ from softmoe_clip.models.create import build, read_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+# The architecture of a text tower from transformers travels along, so that the folder can be moved.
+TRANSFORMERS_CONFIG = "config.json"
 # open_clip's own order of names; the first one that is there is loaded.
 FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 
@@ -84,7 +86,7 @@ def check_device(device: str) -> None:
 def load_folder(folder: Path) -> LoadedModel:
     """Load a model folder (ours or open_clip's), or the newest model of a run folder."""
     folder, written = read_folder(folder)
-    model = build(without_downloads(written), source=str(folder / CONFIG_FILE))
+    model = build(without_downloads(written, folder), source=str(folder / CONFIG_FILE))
     load_weights(model, folder)
     return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
 
@@ -109,11 +111,16 @@ def read_folder(folder: Path) -> tuple[Path, dict]:
     return folder, written
 
 
-def without_downloads(written: dict) -> dict:
-    """Return a folder's config changed so that building from it fetches no weights for the towers."""
+def without_downloads(written: dict, folder: Path | None = None) -> dict:
+    """Return a folder's config changed so that building from it fetches no weights for the towers.
+
+    A text tower of transformers is described by a file in the folder, where there is one.
+    """
     written = deepcopy(written)
     if "hf_model_name" in written["model_cfg"]["text_cfg"]:
         written["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+        if folder is not None and (folder / TRANSFORMERS_CONFIG).is_file():
+            written["model_cfg"]["text_cfg"]["hf_model_name"] = str(folder)
     written["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
     return written
 
@@ -150,7 +157,8 @@ def folder_tokenizer(folder: Path, text_cfg: dict):
     """Load our tokenizer where the folder holds one, else the one open_clip takes for such a folder."""
     from softmoe_clip.data_pipelines.tokenizers import MODEL_FILE, SETTINGS_FILE, load_tokenizer
 
-    if (folder / SETTINGS_FILE).exists() or (folder / MODEL_FILE).exists():
+    lone_model = (folder / MODEL_FILE).exists() and not text_cfg.get("hf_tokenizer_name")
+    if (folder / SETTINGS_FILE).exists() or lone_model:
         return load_tokenizer(folder, text_cfg.get("context_length"))
     import open_clip
 
@@ -204,6 +212,10 @@ def save(loaded: LoadedModel, folder: str | Path) -> None:
         write_tensors(weights, partial / WEIGHTS_FILE)
         if hasattr(loaded.tokenizer, "save"):
             loaded.tokenizer.save(partial)
+        elif hasattr(loaded.tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
+            loaded.tokenizer.save_pretrained(partial)
+        if "hf_model_name" in loaded.config["model_cfg"]["text_cfg"]:
+            loaded.model.text.config.save_pretrained(partial)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

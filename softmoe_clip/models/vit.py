@@ -5,7 +5,6 @@ timm's `pos_embed`: `learn` or `sincos2d` (fixed).
 """
 
 from functools import partial
-from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.models.positions import sincos2d
+from softmoe_clip.models.reference_start import init_linears_like_reference
 from softmoe_clip.moe.install import install
 from softmoe_clip.moe.soft import lecun_normal
 
@@ -104,14 +104,7 @@ class ReferenceViT(VisionTransformer):
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.attn_pool is not None:
             nn.init.xavier_uniform_(self.attn_pool.latent[0])
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if name.endswith(("attn.qkv", "attn_pool.kv")):  # query, key and value are three matrices in the reference
-                nn.init.uniform_(module.weight, -sqrt(3 / module.in_features), sqrt(3 / module.in_features))
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
+        init_linears_like_reference(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -12,26 +12,32 @@ from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
+SPARSE = ("tokens_choice", "experts_choice")
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))
 
 
 def install(tower: nn.Module, config: MoEConfig) -> None:
     """Replace the MLPs of the blocks that `config.layers` names, in place; the experts get the hidden size of that MLP.
 
-    The tower is a timm VisionTransformer, open_clip's TimmModel around one, or open_clip's native VisionTransformer.
-    Every token, a class token too, takes part in the routing. The router `dense` leaves the MLPs where they are.
+    The tower is a timm VisionTransformer, open_clip's TimmModel around one, open_clip's native VisionTransformer, our
+    TextTower, or a TextTransformer of open_clip's that is bidirectional and attends to its padding. Every token, a
+    class token too, takes part in the routing. The router `dense` leaves the MLPs where they are.
     Raises ValueError before anything is changed.
     """
-    blocks = tower_blocks(tower)
+    blocks, label = tower_blocks(tower), tower_label(tower)
     chosen = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
     if config.router == "dense":
         return
+    if label == "text" and config.router in SPARSE:
+        raise ValueError(
+            f"a text tower takes soft routers only, since sparse ones know no padding; got {config.router}"
+        )
     check_fits([first for first, _ in linears.values()], config)
     layers = {i: new_layer(config, first.in_features, first.out_features) for i, (first, _) in linears.items()}
     check_tokens(next(iter(layers.values())), tower)
     for i, layer in layers.items():
-        layer.label = f"image/block_{i}"
+        layer.label = f"{label}/block_{i}"
         layer = layer.to(linears[i][0].weight).train(chosen[i].training)
         blocks[i].mlp = SharedExpert(chosen[i], layer) if config.shared_expert else layer
 
@@ -85,12 +91,27 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
     """Find the blocks of a tower; raises ValueError for one that has no list of attention + MLP blocks."""
     trunk = getattr(tower, "trunk", tower)
     blocks = getattr(trunk, "blocks", None) or getattr(getattr(trunk, "transformer", None), "resblocks", None)
-    if blocks is None or hasattr(trunk, "token_embedding") or not all(hasattr(block, "mlp") for block in blocks):
+    if getattr(trunk, "attn_mask", None) is not None:
+        raise ValueError(
+            f"cannot put MoE layers into a {type(trunk).__name__} that is causal: every slot mixes all tokens of a "
+            "caption, so that a token would learn of later ones. Take a bidirectional text tower."
+        )
+    if getattr(trunk, "use_pad_mask", False) or getattr(trunk, "cls_emb", None) is not None:
+        raise ValueError(
+            f"cannot put MoE layers into a {type(trunk).__name__} that masks padding: its blocks do not pass the mask "
+            "on. Take our text tower (text_cfg.softmoe_text)."
+        )
+    if blocks is None or not all(hasattr(block, "mlp") for block in blocks):
         raise ValueError(
             f"cannot put MoE layers into a {type(trunk).__name__}: "
             "give a timm VisionTransformer or open_clip's own VisionTransformer."
         )
     return list(blocks)
+
+
+def tower_label(tower: nn.Module) -> str:
+    """Say what routing statistics call the tower."""
+    return "text" if hasattr(tower, "token_embedding") else "image"
 
 
 def chosen_blocks(config: MoEConfig, depth: int) -> list[int]:

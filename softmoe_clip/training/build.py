@@ -10,7 +10,12 @@ from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.pictures import Features, Picture, RandomCrop, Whole
 from softmoe_clip.data_pipelines.samples import read_pair
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.tokenizers import Tokenizer, load_tokenizer, open_clip_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import (
+    Tokenizer,
+    TransformersTokenizer,
+    load_tokenizer,
+    open_clip_tokenizer,
+)
 from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config, read_architecture
@@ -22,15 +27,19 @@ from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 def build(config: TrainConfig) -> LoadedModel:
     """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights."""
-    context_length = read_architecture(config.model.arch)["text_cfg"].get("context_length", 77)
-    tokenizer = run_tokenizer(config.tokenizer, context_length)
+    text_cfg = read_architecture(config.model.arch)["text_cfg"]
+    tokenizer = run_tokenizer(config.tokenizer, text_cfg)
+    if tokenizer.eos_id is None and text_cfg.get("softmoe_text", {}).get("padding") == "mask":
+        raise ValueError(
+            f"tokenizer {config.tokenizer} has no end token, which `padding: mask` of {config.model.arch} needs"
+        )
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
-    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     if config.init is not None:
         continue_from(model, config.init, tokenizer)
     freeze(model, config.freeze)
-    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length)
+    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 
 
@@ -49,9 +58,14 @@ def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet) -> P
     return RandomCrop(loaded.image_size, Augment(crop_scale=data.crop_scale, flip=data.flip))
 
 
-def run_tokenizer(name: str, context_length: int) -> Tokenizer:
-    """Return open_clip's BPE, or the tokenizer in a folder or file."""
-    return open_clip_tokenizer(context_length) if name == "open_clip" else load_tokenizer(name, context_length)
+def run_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
+    """Return the tokenizer in a folder or file; for `open_clip` the one the architecture names, else CLIP's BPE."""
+    context_length = text_cfg.get("context_length", 77)
+    if name != "open_clip":
+        return load_tokenizer(name, context_length)
+    if text_cfg.get("hf_tokenizer_name"):
+        return TransformersTokenizer(text_cfg["hf_tokenizer_name"], context_length)
+    return open_clip_tokenizer(context_length)
 
 
 def with_loss_start(model: ModelConfig, loss: str) -> ModelConfig:

@@ -1,0 +1,123 @@
+"""Text towers of transformers in a local folder, through open_clip's own HFTextEncoder."""
+
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.hf_model import HFTextEncoder
+from tiny_bert import VOCABULARY, write_bert
+
+from softmoe_clip.config import ModelConfig, MoEConfig
+from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer
+from softmoe_clip.models.create import create_model, folder_config
+from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.training import build
+
+CAPTIONS = ["a red dog", "the blue house, photo of cats", ""]
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers") / "bert"
+    write_bert(folder)
+    return folder
+
+
+def architecture(bert, folder, **text_cfg):
+    """Write an architecture in open_clip's format whose text tower is in a folder of transformers'."""
+    named = {"hf_model_name": str(bert), "hf_tokenizer_name": str(bert), "hf_proj_type": "linear", "context_length": 10}
+    path = folder / "Bert.json"
+    path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": VISION, "text_cfg": named | text_cfg}))
+    return str(path)
+
+
+def new_model(bert, folder):
+    """A model with the folder's weights and a projection that is not the start."""
+    config = ModelConfig(architecture(bert, folder))
+    tokenizer = TransformersTokenizer(bert, 10)
+    sizes = (tokenizer.vocab_size, tokenizer.context_length)
+    torch.manual_seed(1)
+    model = create_model(config, *sizes, eos_id=tokenizer.eos_id).eval()
+    return LoadedModel(model, tokenizer, transform_of(model), folder_config(config, *sizes, tokenizer.eos_id))
+
+
+def embeddings(loaded):
+    with torch.inference_mode():
+        return loaded.model.encode_text(loaded.tokenizer(CAPTIONS))
+
+
+def test_captions_are_embedded_with_the_folders_weights_and_padding_is_masked(bert, tmp_path):
+    from transformers import BertModel
+
+    loaded = new_model(bert, tmp_path)
+    assert isinstance(loaded.model.text, HFTextEncoder)
+    pretrained = BertModel.from_pretrained(bert, add_pooling_layer=False).eval()
+    for caption, found in zip(CAPTIONS, embeddings(loaded), strict=True):
+        ids = torch.tensor([loaded.tokenizer.tokenizer.tokenizer(caption).input_ids])  # no padding at all
+        expected = loaded.model.text.proj(pretrained(ids).last_hidden_state.mean(1))[0]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_folder_can_be_moved_away_from_the_transformers_folder(bert, tmp_path):
+    copy = tmp_path / "bert"
+    shutil.copytree(bert, copy)
+    loaded = new_model(copy, tmp_path)
+    save(loaded, tmp_path / "model")
+    shutil.rmtree(copy)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    again = load(tmp_path / "moved")
+    assert torch.equal(embeddings(loaded), embeddings(again))
+    assert torch.equal(loaded.tokenizer(CAPTIONS), again.tokenizer(CAPTIONS))
+    save(again, tmp_path / "saved again")
+    assert torch.equal(embeddings(loaded), embeddings(load(tmp_path / "saved again")))
+
+
+def test_open_clip_loads_the_folder_with_the_same_bits_and_tokenizer(bert, tmp_path):
+    loaded = new_model(bert, tmp_path)
+    save(loaded, tmp_path / "model")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
+    assert torch.equal(embeddings(LoadedModel(model.eval(), tokenizer, transform, None)), embeddings(loaded))
+
+
+def test_a_folder_that_open_clip_users_made_keeps_its_tokenizer_when_saved(bert, tmp_path):
+    loaded = new_model(bert, tmp_path)
+    save(loaded, tmp_path / "theirs")
+    (tmp_path / "theirs" / "softmoe_tokenizer.json").unlink()
+    theirs = load(tmp_path / "theirs")
+    save(theirs, tmp_path / "ours")
+    assert torch.equal(embeddings(load(tmp_path / "ours")), embeddings(loaded))
+
+
+def test_a_run_takes_the_tokenizer_that_the_architecture_names(bert, tmp_path, tiny_settings):
+    from softmoe_clip.config import TrainConfig
+    from softmoe_clip.data_pipelines.strict import load_strict
+
+    settings = {**tiny_settings, "model": {"arch": architecture(bert, tmp_path)}, "tokenizer": "open_clip"}
+    loaded = build.build(load_strict(TrainConfig, {**settings, "out": str(tmp_path / "run")}, ()))
+    assert isinstance(loaded.tokenizer, TransformersTokenizer)
+    assert loaded.config["model_cfg"]["text_cfg"]["vocab_size"] == len(VOCABULARY)
+    assert np.isfinite(embeddings(loaded).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("text_cfg", "message"),
+    [
+        ({"vocab_size": 99}, r"text_cfg.vocab_size \(the tokenizer's\) is 99, but .*bert has 17"),
+        ({"context_length": 77}, r"text_cfg.context_length \(the tokenizer's\) is 77, but .*bert has 32"),
+        ({"hf_model_name": "/no/such/folder"}, "describes no model that can be built: .*/no/such/folder"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(bert, tmp_path, text_cfg, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_model(ModelConfig(architecture(bert, tmp_path, **text_cfg)))
+    assert "\n" not in str(error.value)
+
+
+def test_soft_moe_does_not_go_into_a_transformers_tower(bert, tmp_path):
+    with pytest.raises(ValueError, match="into a HFTextEncoder"):
+        create_model(ModelConfig(architecture(bert, tmp_path), text_moe=MoEConfig(num_experts=2)))
