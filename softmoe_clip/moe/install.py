@@ -11,8 +11,8 @@ from softmoe_clip.moe.soft import SoftMoE
 from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
 
-# The two linear layers of a block's MLP: timm's names, open_clip's names.
 SPARSE = ("tokens_choice", "experts_choice")
+# The two linear layers of a block's MLP: timm's names, open_clip's names.
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))
 
 

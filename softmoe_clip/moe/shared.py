@@ -1,6 +1,6 @@
 """A dense MLP beside a layer of experts: every token passes both, and their outputs are added."""
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -13,9 +13,11 @@ class SharedExpert(nn.Module):
         nn.init.zeros_(routed.experts.w_out)
         nn.init.zeros_(routed.experts.b_out)
 
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Add what the experts say to what the MLP says."""
-        return self.shared(tokens) + self.routed(tokens)
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Add what the experts say to what the MLP says; a mask is for the experts alone, nothing else mixes tokens."""
+        return self.shared(tokens) + (self.routed(tokens) if mask is None else self.routed(tokens, mask))
 
     @property
     def c_fc(self):
