@@ -90,6 +90,20 @@ def test_a_folder_of_transformers_wins_over_a_sentencepiece_file_in_it(bert, mod
     assert isinstance(load_tokenizer(tmp_path / "both", 8), TransformersTokenizer)
 
 
+def test_a_tokenizer_of_transformers_without_an_end_token_says_so(tmp_path):
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    fast = FastTokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "dog": 3}, unk_token="[UNK]"))
+    fast.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, 4)
+    assert tokenizer.eos_id is None
+    assert tokenizer(["a dog"]).tolist() == [[2, 3, 0, 0]]
+
+
 def test_a_tokenizer_of_transformers_that_executes_code_or_cannot_pad_is_refused(tmp_path):
     for name, settings, message in [
         ("code", {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}, "tokenizer_class": "Mine"}, "cannot|can load"),
