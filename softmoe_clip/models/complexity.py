@@ -25,9 +25,14 @@ def complexity(module: nn.Module, example: Tensor) -> Complexity:
     Counts matrix products, convolutions and attention; norms, activations and softmaxes are left out, as usual.
     """
     state = {name: tensor.to("meta") for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    counter = FlopCounterMode(display=False)
-    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        torch.func.functional_call(module, state, (example.to("meta"),))
+    counter, modes = FlopCounterMode(display=False), {part: part.training for part in module.modules()}
+    module.eval()  # in training a sparse layer refuses one example where its routing groups hold several
+    try:
+        with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            torch.func.functional_call(module, state, (example.to("meta"),))
+    finally:
+        for part, training in modes.items():
+            part.training = training
     return Complexity(num_parameters(module), counter.get_total_flops() // 2)
 
 

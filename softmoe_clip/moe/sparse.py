@@ -62,7 +62,10 @@ class SparseMoE(nn.Module):
         if noise is not None and self.noise_std > 0:
             noisy = logits + noise.to(logits).reshape(logits.shape) * (self.noise_std / logits.shape[2])
         gates = noisy.softmax(dim=2)
-        dispatch = self.choose(gates.detach(), self.num_slots(logits.shape[1]))
+        # A smaller group, which only evaluation meets, gets its share of the slots, rounded up.
+        num_images = len(tokens) // len(logits)
+        num_slots = -(-self.num_slots(self.group_size * tokens.shape[1]) * num_images // self.group_size)
+        dispatch = self.choose(gates.detach(), num_slots)
         return SparseRouting(dispatch, dispatch * gates[..., None], self.aux_losses(logits, noisy))
 
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
@@ -94,7 +97,7 @@ class SparseMoE(nn.Module):
             return tokens.to(dtype) @ self.gate.to(dtype)
 
     def num_slots(self, num_tokens: int) -> int:
-        """Count the slots of one expert in a group of so many tokens; ValueError where there would be none."""
+        """Count the slots of one expert in a whole group of so many tokens; ValueError where there would be none."""
         return slots_per_group(num_tokens * self.top_k, self.gate.shape[1], *self.capacity)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
