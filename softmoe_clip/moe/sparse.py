@@ -98,7 +98,7 @@ class SparseMoE(nn.Module):
 
     def num_slots(self, num_tokens: int) -> int:
         """Count the slots of one expert in a whole group of so many tokens; ValueError where there would be none."""
-        return slots_per_group(num_tokens * self.top_k, self.gate.shape[1], *self.capacity)
+        return slots_per_group(num_tokens * self.top_k, len(self.experts.w_in), *self.capacity)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Copy tokens into slots, run the experts, add the weighted results up where the tokens came from."""
@@ -126,6 +126,6 @@ class SparseMoE(nn.Module):
     def extra_repr(self) -> str:
         factor, rounding, multiple_of = self.capacity
         return (
-            f"width={self.gate.shape[0]}, num_experts={self.gate.shape[1]}, top_k={self.top_k}, "
+            f"width={self.experts.w_in.shape[1]}, num_experts={len(self.experts.w_in)}, top_k={self.top_k}, "
             f"capacity={rounding}({factor}) of {multiple_of}, noise_std={self.noise_std}, group_size={self.group_size}"
         )
