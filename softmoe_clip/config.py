@@ -27,6 +27,8 @@ ROUTER_SETTINGS = {
     "uniform_soft": {*_SLOTS, "normalize"},
     "tokens_choice": {*_CAPACITY, "top_k", "bpr", "importance_loss", "load_loss", "gshard_loss"},
     "experts_choice": _CAPACITY,
+    "hash": {"num_experts"},
+    "sinkhorn": _CAPACITY,
     "dense": {"num_experts"},  # a plain MLP has none: there, so that one config can be trained with and without
 }
 
@@ -41,7 +43,16 @@ class MoEConfig:
     """
 
     router: Literal[
-        "soft", "uniform", "identity", "soft_uniform", "uniform_soft", "tokens_choice", "experts_choice", "dense"
+        "soft",
+        "uniform",
+        "identity",
+        "soft_uniform",
+        "uniform_soft",
+        "tokens_choice",
+        "experts_choice",
+        "hash",
+        "sinkhorn",
+        "dense",
     ] = "soft"
     layers: Any = "last_half"  # or a list of block numbers
     num_experts: int = 32

@@ -73,8 +73,14 @@ def complexity(module: nn.Module, example: Tensor) -> Complexity:
     state = {name: tensor.to("meta") for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
     counter, memory = FlopCounterMode(display=False), ActivationBytes(list(state.values()))
     hooks = torch.autograd.graph.saved_tensors_hooks(memory.keep, lambda tensor: tensor)
-    with counter, memory, hooks, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        torch.func.functional_call(module, state, (example.to("meta"),))
+    modes = {part: part.training for part in module.modules()}
+    module.eval()  # in training a sparse layer refuses one example where its routing groups hold several
+    try:
+        with counter, memory, hooks, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            torch.func.functional_call(module, state, (example.to("meta"),))
+    finally:
+        for part, training in modes.items():
+            part.training = training
     return Complexity(num_parameters(module), counter.get_total_flops() // 2, memory.kept, memory.largest)
 
 

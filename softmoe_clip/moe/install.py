@@ -4,6 +4,7 @@ from torch import nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
+from softmoe_clip.moe.assignment import HashMoE, SinkhornMoE
 from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
 from softmoe_clip.moe.memory import check_memory
 from softmoe_clip.moe.shared import SharedExpert
@@ -61,8 +62,11 @@ def new_layer(config: MoEConfig, width: int, hidden: int) -> nn.Module:
         "group_size": config.group_size,
         "hidden": hidden,
     }
-    if config.router == "experts_choice":
-        return ExpertsChoiceMoE(width, config.num_experts, **shared)
+    if config.router == "hash":
+        return HashMoE(width, config.num_experts, hidden)
+    balanced = {"experts_choice": ExpertsChoiceMoE, "sinkhorn": SinkhornMoE}
+    if config.router in balanced:
+        return balanced[config.router](width, config.num_experts, **shared)
     layer = TokensChoiceMoE(width, config.num_experts, config.top_k, bpr=config.bpr, **shared)
     layer.aux_weights = {
         "importance": config.importance_loss,

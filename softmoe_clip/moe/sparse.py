@@ -62,7 +62,10 @@ class SparseMoE(nn.Module):
         if noise is not None and self.noise_std > 0:
             noisy = logits + noise.to(logits).reshape(logits.shape) * (self.noise_std / logits.shape[2])
         gates = noisy.softmax(dim=2)
-        dispatch = self.choose(gates.detach(), self.num_slots(logits.shape[1]))
+        # A smaller group, which only evaluation meets, gets its share of the slots, rounded up.
+        num_images = len(tokens) // len(logits)
+        num_slots = -(-self.num_slots(self.group_size * tokens.shape[1]) * num_images // self.group_size)
+        dispatch = self.choose(gates.detach(), num_slots)
         return SparseRouting(dispatch, dispatch * gates[..., None], self.aux_losses(logits, noisy))
 
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
@@ -94,8 +97,8 @@ class SparseMoE(nn.Module):
             return tokens.to(dtype) @ self.gate.to(dtype)
 
     def num_slots(self, num_tokens: int) -> int:
-        """Count the slots of one expert in a group of so many tokens; ValueError where there would be none."""
-        return slots_per_group(num_tokens * self.top_k, self.gate.shape[1], *self.capacity)
+        """Count the slots of one expert in a whole group of so many tokens; ValueError where there would be none."""
+        return slots_per_group(num_tokens * self.top_k, len(self.experts.w_in), *self.capacity)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Copy tokens into slots, run the experts, add the weighted results up where the tokens came from."""
@@ -123,6 +126,6 @@ class SparseMoE(nn.Module):
     def extra_repr(self) -> str:
         factor, rounding, multiple_of = self.capacity
         return (
-            f"width={self.gate.shape[0]}, num_experts={self.gate.shape[1]}, top_k={self.top_k}, "
+            f"width={self.experts.w_in.shape[1]}, num_experts={len(self.experts.w_in)}, top_k={self.top_k}, "
             f"capacity={rounding}({factor}) of {multiple_of}, noise_std={self.noise_std}, group_size={self.group_size}"
         )
