@@ -11,6 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 
+import softmoe_clip.plugin  # noqa: F401
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
@@ -38,7 +39,7 @@ TOWERS = {
     "native": (native, "gelu"),
     "native, QuickGELU": (lambda: native(QuickGELU), "quick_gelu"),
     "timm": (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM), "gelu"),
-    "timm, attention pool": (lambda: timm.create_model("vit_base_patch16_siglip_224", **TIMM), "gelu_tanh"),
+    "timm, attention pool": (lambda: timm.create_model("vit_base_patch16_siglip_224", **TIMM), "gelu"),
     "timm in open_clip": (
         lambda: TimmModel("plain_vit_demo_patch8_64", embed_dim=128, image_size=64, proj="none"),
         "gelu_tanh",

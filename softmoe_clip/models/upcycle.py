@@ -1,5 +1,6 @@
 """Make a Soft MoE model of a dense one: its image tower's MLPs become experts, all else stays as it was trained."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +60,10 @@ def block_list(layers: str | list[int]) -> str | list[int]:
         return layers
     blocks = []
     for part in layers.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if ends is None:
             raise ValueError(f"layers must be last_half or block numbers as in 6,7,9-11, got {layers!r}")
-        blocks += range(int(first), int(last or first) + 1)
+        blocks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return blocks
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class SharedExpert(nn.Module):
-    """The dense MLP and an MoE layer whose output starts at zero: the block computes at first what it did without it."""
+    """The dense MLP and an MoE layer whose output starts at zero: at first the block computes what it did before."""
 
     def __init__(self, shared: nn.Module, routed: nn.Module):
         super().__init__()

@@ -23,8 +23,8 @@ def upcycle_tower(tower: nn.Module, config: MoEConfig, mode: Mode = "copy", seed
     """Put Soft MoE layers in place of trained MLPs, in place, and return the config that `install` needs at loading.
 
     `copy`: every expert is the MLP, its activation included. `noise`: the same with noise on each expert's matrices.
-    `shared`: the MLP stays and the experts, whose first layers are copies, add zero at first: the tower computes what it
-    did. In the other two modes it does not, since slots mix tokens. Raises ValueError before anything is changed.
+    `shared`: the MLP stays and the experts, whose first layers are copies, add zero at first: the tower computes what
+    it did. In the other two modes it does not, since slots mix tokens. Raises ValueError before anything is changed.
     """
     blocks = tower_blocks(tower)
     dense = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
