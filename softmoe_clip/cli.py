@@ -259,7 +259,7 @@ def summary(
 
 @app.command()
 def upcycle(
-    source: Annotated[str, typer.Argument(help="a dense model: folder, run, or open_clip NAME:TAG")],
+    source: Annotated[str, typer.Argument(help="a dense model: folder, run, open_clip NAME:TAG, timm:NAME")],
     out: Path,
     num_experts: Annotated[int, typer.Option(help="in each layer")],
     layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",

@@ -184,22 +184,12 @@ MISTAKES = {
     "no hits": (["search", "{embeddings}", "a star", "-k", "0"], "k"),
     "an architecture that nobody knows": (["summary", "SoftMoE-dmo"], "did you mean 'SoftMoE-demo'"),
     "no experts": (["train", "{yaml}", "model.image_moe.num_experts=0"], "at least one expert and one slot"),
-    "no slots": (["train", "{yaml}", "model.image_moe.slots_per_expert=0"], "at least one expert and one slot"),
     "a layer that is not there": (["train", "{yaml}", "model.image_moe.layers=[7]"], "blocks are 0 to 1"),
     "more slots than memory": (
         ["train", "{yaml}", "model.image_moe.slots_per_expert=1000000000000"],
         "this machine has",
     ),
     "more experts than memory": (["train", "{yaml}", "model.image_moe.num_experts=1000000000000"], "this machine has"),
-    "nothing to upcycle": (["upcycle", "nowhere", "out", "--num-experts", "2"], "no model at nowhere"),
-    "no experts to upcycle to": (["upcycle", "{run}", "out", "--num-experts", "0"], "at least one expert"),
-    "an unknown way to upcycle": (
-        ["upcycle", "{run}", "out", "--num-experts", "2", "--mode", "x"],
-        "copy, noise, shared",
-    ),
-    "layers that are no numbers": (["upcycle", "{run}", "out", "--num-experts", "2", "--layers", "a"], "6,7,9-11"),
-    "a model that has experts": (["upcycle", "{run}", "out", "--num-experts", "2"], "holds a Soft MoE layer already"),
-    "no pictures to compare": (["upcycle", "{run}", "out", "--num-experts", "2", "--pictures", "empty"], "no pictures"),
     "no data for the demo": (["demo", "--data", "nowhere"], "nowhere"),
 }
 

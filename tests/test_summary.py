@@ -148,6 +148,7 @@ def test_a_transformers_text_tower_is_counted_from_its_config_alone(native, tmp_
     assert summary(str(tmp_path / "Bert.json"))["text"]["gflops"] == 2 * (2 * block + d * 16) / 1e9
 
 
+@pytest.mark.slow
 def test_the_largest_model_answers_within_seconds_and_little_memory(process_environment):
     program = (
         "import json, resource\n"

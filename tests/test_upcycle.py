@@ -11,11 +11,12 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 
+import softmoe_clip.plugin  # noqa: F401
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
-from softmoe_clip.models.upcycle import block_list, upcycle, with_config
+from softmoe_clip.models.upcycle import block_list, new_text_tower, upcycle, with_config
 from softmoe_clip.moe.install import tower_blocks
 from softmoe_clip.moe.shared import SharedExpert
 from softmoe_clip.moe.upcycle import NOISE, upcycle_tower
@@ -38,7 +39,7 @@ TOWERS = {
     "native": (native, "gelu"),
     "native, QuickGELU": (lambda: native(QuickGELU), "quick_gelu"),
     "timm": (lambda: timm.create_model("vit_tiny_patch16_224", **TIMM), "gelu"),
-    "timm, attention pool": (lambda: timm.create_model("vit_base_patch16_siglip_224", **TIMM), "gelu_tanh"),
+    "timm, attention pool": (lambda: timm.create_model("vit_base_patch16_siglip_224", **TIMM), "gelu"),
     "timm in open_clip": (
         lambda: TimmModel("plain_vit_demo_patch8_64", embed_dim=128, image_size=64, proj="none"),
         "gelu_tanh",
@@ -216,3 +217,53 @@ def test_the_verb_prints_the_cosine(softmoe_clip, source, pictures, tmp_path):
     assert done.returncode == 0, done
     assert "cosine: mean 1.0000, least 1.0000" in done.stdout
     assert f"on 5 pictures of {pictures}" in done.stdout
+
+
+def test_a_vit_of_timms_gets_a_new_text_tower_and_keeps_its_pooling_and_preprocessing(tmp_path):
+    loaded = new_text_tower("vit_tiny_patch16_224", pretrained=False)
+    trunk = loaded.model.visual.trunk
+    assert (trunk.global_pool, loaded.image_size) == ("token", 224)
+    assert loaded.preprocess_cfg["mean"] == list(trunk.pretrained_cfg["mean"])
+    picture = torch.randn(1, 3, 224, 224)
+    expected = loaded.model.encode_image(picture)
+    torch.testing.assert_close(expected, trunk.forward_head(trunk.forward_features(picture)))
+    save(loaded, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert torch.equal(again.model.encode_image(picture), expected)
+    assert again.model.encode_text(again.tokenizer(["a dog"])).shape == (1, 192)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("timm:vit_tiny_patch16_242", "did you mean 'vit_tiny_patch16_224'"),
+        ("timm:plain_vit_demo_patch8_64", "plain_vit_demo_patch8_64"),
+    ],
+)
+def test_a_timm_name_without_weights_is_one_sentence(source, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        upcycle(source, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--num-experts", 0], "at least one expert"),
+        (["--num-experts", 2, "--slots-per-expert", 0], "at least one expert and one slot"),
+        (["--num-experts", 10**12], "this machine has"),
+        (["--num-experts", 2, "--mode", "moove"], "copy, noise, shared"),
+        (["--num-experts", 2, "--layers", "4"], "blocks are 0 to 3"),
+        (["--num-experts", 2, "--layers", "a"], "6,7,9-11"),
+        (["--num-experts", 2, "--pictures", "empty"], "no pictures and no shards in empty"),
+        ([], "--num-experts"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(softmoe_clip, source, tmp_path, monkeypatch, options, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    done = softmoe_clip("upcycle", source, "out", *options)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

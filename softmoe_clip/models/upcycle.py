@@ -1,5 +1,7 @@
 """Make a Soft MoE model of a dense one: its image tower's MLPs become experts, all else stays as it was trained."""
 
+import re
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.sources import PICTURES
-from softmoe_clip.models.store import LoadedModel, load, save
+from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
+from softmoe_clip.models.create import build
+from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
 NUM_PICTURES = 64
@@ -30,7 +34,7 @@ def upcycle(
     out: str | Path,
     num_experts: int,
     layers: str | list[int] = "last_half",
-    mode: Mode = "copy",
+    mode: str = "copy",
     slots_per_expert: int = 1,
     pictures: str | None = None,
 ) -> Upcycled:
@@ -38,12 +42,14 @@ def upcycle(
 
     `layers` is last_half, or block numbers as in "6,7,9-11". Soft MoE mixes tokens, so that copies do not keep what the
     tower computes: how much is left is measured on `pictures` (shards, or a folder), on noise where there are none.
+    A source `timm:NAME` is a ViT with timm's pretrained weights; the text tower beside it is new.
     Raises ValueError, one sentence, for what cannot be upcycled; then nothing is written.
     """
     if mode not in (modes := Mode.__args__):
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
-    loaded = with_config(load(source), source)
+    loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
+    loaded = with_config(loaded, source)
     images, measured_on = measured_pictures(loaded, pictures)
     before = embedded(loaded.model, images)
     moe = upcycle_tower(loaded.model.visual, moe, mode)
@@ -59,11 +65,41 @@ def block_list(layers: str | list[int]) -> str | list[int]:
         return layers
     blocks = []
     for part in layers.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if ends is None:
             raise ValueError(f"layers must be last_half or block numbers as in 6,7,9-11, got {layers!r}")
-        blocks += range(int(first), int(last or first) + 1)
+        blocks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return blocks
+
+
+def new_text_tower(name: str, pretrained: bool = True) -> LoadedModel:
+    """Put an untrained text tower of the same width beside a ViT of timm's, with CLIP's tokenizer."""
+    import timm
+
+    import softmoe_clip.plugin  # noqa: F401  makes our towers known to timm
+
+    if not timm.is_model(name):
+        check_known("timm model", name, timm.list_models())
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0)
+    cfg, width = trunk.pretrained_cfg, trunk.num_features
+    if cfg["input_size"][1] != cfg["input_size"][2] or width % 64:
+        raise ValueError(
+            f"{name} takes {cfg['input_size']} and is {width} wide: give one for squares, a multiple of 64"
+        )
+    vision = {"timm_model_name": name, "timm_pool": trunk.global_pool, "timm_proj": "none"}
+    text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": 12}
+    preprocess = {key: list(cfg[key]) for key in ("mean", "std")} | {
+        "interpolation": cfg["interpolation"],
+        "resize_mode": "squash" if cfg.get("crop_mode") == "squash" else "shortest",
+    }
+    model_cfg = {"embed_dim": width, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    model_cfg["vision_cfg"]["image_size"] = cfg["input_size"][1]
+    written = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    to_build = deepcopy(written)
+    to_build["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = pretrained
+    model = build(to_build, source=f"timm:{name}").eval()
+    return LoadedModel(model, open_clip_tokenizer(77), transform_of(model), written)
 
 
 def with_config(loaded: LoadedModel, source: str) -> LoadedModel:
