@@ -127,3 +127,14 @@ def test_the_laion_recipes_towers_have_the_references_sizes():
     block = 4 * 768 * 768 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768 + 4 * 768 + 2 * 64
     assert count == (32000 + 16) * 768 + 12 * block + 2 * 768 + 768 * 768 + 768
     assert (built.text.pool, built.text.padding) == ("last", "attend")
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "experts_choice", "hash"])
+def test_sparse_routers_are_refused_since_they_know_no_padding(router):
+    from softmoe_clip.config import MoEConfig
+    from softmoe_clip.models.text import TextTower
+    from softmoe_clip.moe import install
+
+    tower = TextTower(8, 50, 16, 2, 2, 32, 16)
+    with pytest.raises(ValueError, match="a text tower takes soft routers only"):
+        install(tower, MoEConfig(router=router, num_experts=2))

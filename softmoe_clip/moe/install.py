@@ -12,7 +12,6 @@ from softmoe_clip.moe.soft import SoftMoE
 from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
 
-SPARSE = ("tokens_choice", "experts_choice")
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))
 
@@ -36,6 +35,8 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
         )
     check_fits([first for first, _ in linears.values()], config)
     layers = {i: new_layer(config, first.in_features, first.out_features) for i, (first, _) in linears.items()}
+    if label == "text" and any(isinstance(layer, SparseMoE) for layer in layers.values()):
+        raise ValueError(f"a text tower takes soft routers only, sparse ones know no padding; got {config.router}")
     check_tokens(next(iter(layers.values())), tower)
     for i, layer in layers.items():
         layer.label = f"{label}/block_{i}"
