@@ -193,9 +193,7 @@ def embed(
     model: str,
     shards: str,
     out: Path,
-    features: Annotated[
-        str, typer.Option(help="embedding: unit vectors, to search; trunk: the image tower's output, to train on (LiT)")
-    ] = "embedding",
+    features: Annotated[str, typer.Option(help="embedding: to search; trunk: to train on (LiT)")] = "embedding",
     dtype: Annotated[str, typer.Option(help="float32 or float16, on disk")] = "float32",
     device: Device = "auto",
     precision: Precision = "float32",
@@ -263,9 +261,7 @@ def upcycle(
     out: Path,
     num_experts: Annotated[int, typer.Option(help="in each layer")],
     layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",
-    mode: Annotated[
-        str, typer.Option(help="experts: copy, noise (copies told apart), shared (beside the MLP)")
-    ] = "copy",
+    mode: Annotated[str, typer.Option(help="copy, noise (copies told apart) or shared (beside the MLP)")] = "copy",
     slots_per_expert: Annotated[int, typer.Option(help="in each layer")] = 1,
     pictures: Annotated[str | None, typer.Option(help="shards or a folder to measure the change on")] = None,
 ):

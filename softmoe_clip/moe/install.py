@@ -29,10 +29,6 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
     if config.router == "dense":
         return
-    if label == "text" and config.router in SPARSE:
-        raise ValueError(
-            f"a text tower takes soft routers only, since sparse ones know no padding; got {config.router}"
-        )
     check_fits([first for first, _ in linears.values()], config)
     layers = {i: new_layer(config, first.in_features, first.out_features) for i, (first, _) in linears.items()}
     if label == "text" and any(isinstance(layer, SparseMoE) for layer in layers.values()):
