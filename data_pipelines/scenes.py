@@ -30,12 +30,12 @@ from softmoe_clip.data_pipelines.scenes_grammar import (
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 
 PICTURES_PER_CLASS = 10
-NUM_RELATIONS = 500
+NUM_RELATIONS = 1000
 # Streams of random numbers: one per split, so that no set depends on the size of another.
 TRAIN, TWINS, VAL, COMBINATIONS, RELATIONS, FAMILIAR = range(6)
 
 # How many things a scene holds, in turn over the indices of a split, so that every shard holds the whole mixture.
-TRAIN_THINGS = (1, 2, 1, 2, 1, 2, 1, 2, 3, 2)
+TRAIN_THINGS = (1, 2, 1, 2, 1, 2, 1, 2, 3, 1)
 VAL_THINGS = (1, 2, 3, 2, 1, 2, 3, 2, 1, 2)
 ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
     1: ("single",),
@@ -70,8 +70,8 @@ def write_scenes(
 ) -> None:
     """Write OUT/train, OUT/val, OUT/combinations and OUT/relations as shards; the bytes depend on seed and sizes alone.
 
-    - train: 40 % one object, 50 % two, 10 % three, with three to five captions each. Scenes of two come in
-      sixes, the same two objects in each relation, and half of them show one of twelve familiar pairs of objects.
+    - train: 50 % one object, 40 % two, 10 % three, with three to five captions each. Scenes of two come in
+      eights, the same two objects in each relation, and half of them show one of twelve familiar pairs of objects.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen combination (json `unseen`). Captions name every texture, colour and
       shape.
@@ -123,13 +123,15 @@ def train_sample(seed: int, index: int) -> Sample:
     rng = np.random.default_rng([seed, TRAIN, index])
     scene_seed = (seed, TRAIN, index)
     if num_things == 2:
-        # Pairs sit at odd indices. Six in a row hold the same two objects in each of their six relations; half of
-        # these groups show one of a few familiar pairs, so that a batch holds pictures that only the relation tells
-        # apart.
-        group, member = divmod(index // 2, 6)
+        # Eight in a row hold the same two objects in each of their six relations (twice where one hides a part of the
+        # other); half of these groups show one of a few familiar pairs. So a batch holds pictures that only the
+        # relation tells apart.
+        round_, place = divmod(index, len(TRAIN_THINGS))
+        group, member = divmod(round_ * TRAIN_THINGS.count(2) + TRAIN_THINGS[:place].count(2), 8)
         twins = np.random.default_rng([seed, TWINS, group])
         names = familiar_pairs(seed)[group // 2 % NUM_FAMILIAR] if group % 2 else _names(twins, (False, False))
-        scene = _arrange(names[:: 1 if member < 3 else -1], ARRANGEMENTS[2][member % 3], rng, scene_seed)
+        arrangement = ("row", "stack", "column", "stack")[member % 4]
+        scene = _arrange(names[:: 1 if member < 4 else -1], arrangement, rng, scene_seed)
     else:
         scene = _scene(rng, scene_seed, (False,) * num_things)
     return Sample(scene, captions(scene, rng), _extra(scene))
