@@ -204,7 +204,7 @@ def test_more_held_out_scenes_than_single_things_can_be_asked_for():
 
 def test_a_reversed_caption_has_the_same_words_and_is_false():
     samples = relation_samples(0, set())
-    assert len(samples) == 500
+    assert len(samples) == 1000
     for index, sample in enumerate(samples):
         caption, false = sample.captions[0], sample.extra["reversed"]
         assert sorted(caption.split()) == sorted(false.split())
