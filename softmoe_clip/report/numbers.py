@@ -82,6 +82,7 @@ def headline_figures(numbers: Numbers, count: int = 6) -> list[Figure]:
     """The few numbers to open with: one of each telling kind, over the tasks in turn."""
     chosen = []
     for ending in HEADLINE:
-        chosen += [name for name in sorted(numbers.metrics) if name.endswith(f"/{ending}")]
+        found = [name for name in numbers.metrics if name.endswith(f"/{ending}")]
+        chosen += sorted(found, key=lambda name: (name.count("/"), name))  # the whole before its parts
     chosen = chosen or [name for name in sorted(numbers.metrics) if is_share(name)]
     return [figure(name, numbers.metrics[name], numbers.chance.get(name)) for name in chosen[:count]]
