@@ -71,7 +71,8 @@ def train(config: TrainConfig) -> Path:
         cut_back_ledger(ledger, done.step)
         num_replaced = len(read_ledger(ledger))
         say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
-        say(f"trained parameters: {in_words(towers)}")
+        if config.freeze:
+            say(f"trained parameters: {in_words(towers)}")
         if done.step:
             say(f"going on after step {done.step} of {config.last_step}")
 
