@@ -102,6 +102,11 @@ class ReferenceViT(VisionTransformer):
         nn.init.zeros_(patches.bias)
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
+        # The reference's class token starts at 0; it has no registers, which start as timm's (equal ones stay equal).
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
         if self.attn_pool is not None:
             nn.init.xavier_uniform_(self.attn_pool.latent[0])
         init_linears_like_reference(self)
