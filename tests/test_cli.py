@@ -23,6 +23,7 @@ VERBS = (
     "search",
     "summary",
     "upcycle",
+    "soup",
 )
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
 

@@ -1,0 +1,58 @@
+"""The verbs from model to model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def summary(
+    model: Annotated[str, typer.Argument(help="an architecture's name or JSON, a model, a run")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Count parameters, FLOPs and memory of both towers, without building them.
+
+    Example: softmoe-clip summary SoftMoE-H-14
+    """
+    from softmoe_clip.models.summary import print_summary, summary
+
+    print_summary(summary(model), as_json=json)
+
+
+def upcycle(
+    source: Annotated[str, typer.Argument(help="a dense model: folder, run, open_clip NAME:TAG, timm:NAME")],
+    out: Path,
+    num_experts: Annotated[int, typer.Option(help="in each layer")],
+    layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",
+    mode: Annotated[str, typer.Option(help="copy, noise (copies told apart) or shared (beside the MLP)")] = "copy",
+    slots_per_expert: Annotated[int, typer.Option(help="in each layer")] = 1,
+    pictures: Annotated[str | None, typer.Option(help="shards or a folder to measure the change on")] = None,
+):
+    """Make a Soft MoE model of a dense one: MLPs of its image tower become experts.
+
+    Example: softmoe-clip upcycle ViT-B-16:openai upcycled --num-experts 32 --pictures my_pictures
+    """
+    from softmoe_clip.models.upcycle import upcycle
+
+    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures)
+    print(f"image embeddings before and after, cosine: mean {done.mean:.4f}, least {done.least:.4f}")
+    print(f"on {done.measured_on}")
+
+
+def soup(
+    models_and_out: Annotated[list[str], typer.Argument(metavar="MODEL... OUT", help="two models or more, then OUT")],
+    weights: Annotated[str | None, typer.Option(help="one for each model, as in 0.7,0.3; equal if not given")] = None,
+    suite: Annotated[Path | None, typer.Option(help="greedy: keep a model only where --metric gets no worse")] = None,
+    metric: Annotated[str | None, typer.Option(help="a metric of the suite; larger is better")] = None,
+):
+    """Average the weights of models that share a start: uniform, weighted (WiSE-FT), or greedy with a suite.
+
+    Example: softmoe-clip soup runs/a runs/b soup --weights 0.7,0.3
+    """
+    from softmoe_clip.models.soup import greedy_soup_by_suite, numbers, soup
+
+    *models, out = models_and_out
+    if suite is None:
+        print(soup(models, out, numbers(weights)))
+    else:
+        print(" ".join(greedy_soup_by_suite(models, out, suite, metric)))

@@ -1,0 +1,94 @@
+"""The verbs that measure a model and search with it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one")]
+Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16")]
+BatchSize = Annotated[int, typer.Option(help="pictures, or texts, at a time")]
+
+
+def eval(
+    model: str,
+    suite: Annotated[Path, typer.Option(help="YAML that lists the tasks")],
+    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    batch_size: BatchSize = 64,
+):
+    """Score a model: zero-shot classification and retrieval.
+
+    Example: softmoe-clip eval runs/a --suite configs/suites/flickr8k.yaml
+    """
+    from softmoe_clip.config import find_config
+    from softmoe_clip.eval.results import print_results
+    from softmoe_clip.eval.suites import load_suite, run_suite
+    from softmoe_clip.models.store import load_encoder
+
+    tasks = load_suite(find_config(suite))
+    results = run_suite(load_encoder(model, device, precision, batch_size), tasks)
+    print_results(results)
+    if out:
+        results.save(out)
+
+
+def compare(results: list[Path]):
+    """Print several result files side by side.
+
+    Example: softmoe-clip compare soft.json dense.json
+    """
+    from softmoe_clip.eval.results import load_results, print_comparison
+
+    print_comparison([load_results(path) for path in results], names=[path.stem for path in results])
+
+
+def embed(
+    model: str,
+    shards: str,
+    out: Path,
+    features: Annotated[str, typer.Option(help="embedding: to search; trunk: to train on (LiT)")] = "embedding",
+    dtype: Annotated[str, typer.Option(help="float32 or float16, on disk")] = "float32",
+    device: Device = "auto",
+    precision: Precision = "float32",
+    batch_size: BatchSize = 64,
+):
+    """Write the embeddings of pictures and captions in clip-retrieval's layout.
+
+    Example: softmoe-clip embed runs/a shards/val embeddings
+    """
+    from softmoe_clip.models.store import load_encoder
+    from softmoe_clip.search.embed import embed
+
+    encoder = load_encoder(model, device, precision, batch_size)
+    embed(encoder, shards, out, model_name=model, dtype=dtype, features=features)
+
+
+def index(
+    embeddings: Path,
+    out: Annotated[Path | None, typer.Option(help="folder; beside the embeddings if not given")] = None,
+):
+    """Build the search index over embeddings.
+
+    Example: softmoe-clip index embeddings
+    """
+    from softmoe_clip.search.index import index
+
+    print(index(embeddings, out))
+
+
+def search(
+    index: Path,
+    query: Annotated[str | None, typer.Argument(help="what to look for, in words")] = None,
+    image: Annotated[Path | None, typer.Option(help="a picture to look for its like")] = None,
+    k: Annotated[int, typer.Option("-k", help="how many hits")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Ask an index for pictures, in words or by a picture.
+
+    Example: softmoe-clip search embeddings "a dog on the beach" -k 5
+    """
+    from softmoe_clip.search.query import print_hits, search
+
+    print_hits(search(index, query, image, k), as_json=json)

@@ -1,0 +1,71 @@
+"""The verbs that train."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and goes on when started again
+
+
+def demo(
+    data: Annotated[str | None, typer.Option(help="your own pictures; drawn scenes if not given")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("demo"),
+):
+    """Do everything once: pack, train, eval, embed, index, search, report.
+
+    Example: softmoe-clip demo --data my_pictures --out demo
+    """
+    from softmoe_clip.launch import tune_cpu_memory
+
+    tune_cpu_memory()
+    from softmoe_clip.demo import demo
+
+    demo(data, out)
+
+
+def train(
+    config: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in optim.lr=0.0005")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="print parameters, memory and expected time, and stop")] = False,
+):
+    """Train a model, or go on exactly where its run stopped.
+
+    Example: softmoe-clip train configs/demo.yaml out=runs/a data.train=shards/train steps=500
+    """
+    from softmoe_clip.config import TrainConfig, find_config
+    from softmoe_clip.data_pipelines.strict import load_strict
+    from softmoe_clip.launch import tune_cpu_memory
+
+    settings = load_strict(TrainConfig, find_config(config), overrides or [])
+    tune_cpu_memory()
+    if plan:
+        from softmoe_clip.training.plan import print_plan
+
+        print_plan(settings)
+        return
+    from softmoe_clip.training.loop import Stopped, train
+
+    try:
+        train(settings)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from None
+
+
+def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()] = None):
+    """Print a config with every setting it leaves to its default.
+
+    Example: softmoe-clip config configs/demo.yaml optim.lr=0.0005
+    """
+    from omegaconf import OmegaConf
+
+    from softmoe_clip.config import TrainConfig, find_config
+    from softmoe_clip.data_pipelines.strict import load_strict
+    from softmoe_clip.training.run_folder import as_tree
+
+    print(
+        OmegaConf.to_yaml(OmegaConf.create(as_tree(load_strict(TrainConfig, find_config(config), overrides or [])))),
+        end="",
+    )
