@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from softmoe_clip.moe import stats
 from softmoe_clip.moe.experts import Experts
+from softmoe_clip.moe.weights import CosineLogits, MaskedSoftmax, inverse_norm
 
-# Inside the square root, as in the reference's code; the paper's x / (|x| + eps) differs for tiny vectors.
-NORM_EPS = 1e-6
 # Standard deviation of a standard normal cut at +-2: what JAX divides by so that the drawn numbers have the stated one.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -50,9 +49,7 @@ class SoftMoE(nn.Module):
         if mask is None:
             dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
         else:
-            # A finite fill and a product: an example without any real token gives zeros, where -inf would give NaN.
-            logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
-            dispatch, combine = (logits.softmax(dim) * mask[..., None] for dim in (1, 2))
+            dispatch, combine = (MaskedSoftmax.apply(logits, mask, dim) for dim in (1, 2))
         per_expert = self.slot_embed.shape[1:]
         return Routing(dispatch.unflatten(2, per_expert), combine.unflatten(2, per_expert))
 
@@ -60,11 +57,10 @@ class SoftMoE(nn.Module):
         """Scaled cosine of every token with every slot embedding (a plain product where `normalize` is off)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with without_autocast(tokens.device.type):
-            tokens, slots = tokens.to(dtype), self.slot_embed.flatten(1).to(dtype)
+            slots = self.slot_embed.flatten(1).to(dtype)
             if not self.normalize:
-                return tokens @ (slots * self.router_scale)
-            # Dividing the (n, slots) logits by the tokens' norms instead of the tokens saves a copy of the tokens.
-            return (tokens @ (slots * (inverse_norm(slots, 0) * self.router_scale))) * inverse_norm(tokens, -1)
+                return tokens.to(dtype) @ (slots * self.router_scale)
+            return CosineLogits.apply(tokens, slots * (inverse_norm(slots, 0) * self.router_scale))
 
     def forward(
         self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
@@ -102,11 +98,6 @@ def without_autocast(device: str) -> AbstractContextManager:
 def without_padding(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n d"]:
     """Zero the masked tokens, so that not even a NaN in the padding reaches a real one."""
     return tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)
-
-
-def inverse_norm(vectors: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*reduced"]:
-    """1 / sqrt(sum of squares + eps) along `dim`, which is kept; vector_norm makes no copy of the squares."""
-    return torch.rsqrt(torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).square() + NORM_EPS)
 
 
 def lecun_normal(*shape: int) -> Float[Tensor, "*shape"]:
