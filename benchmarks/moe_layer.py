@@ -3,82 +3,107 @@
     pip install --no-deps soft-moe-pytorch==0.1.9 soft-mixture-of-experts==0.2.0 colt5-attention
     python benchmarks/moe_layer.py --images 64 --width 384 --tokens 196 --experts 128
 
-Forward and backward, float32 (or --precision bf16), rounds interleaved; the median of each, and ratios within this run.
-soft-mixture-of-experts has no layer of two linears: what it offers in its place, a dense first linear and experts for
-the second one only, is timed. Peers that are not installed are left out. Results go into a JSON beside this file.
+Forward and backward, float32 (or --precision bf16). Every layer lives in a process of its own; they take turns, and
+medians are compared. On Linux without a GPU each is timed twice: in a plain process, and with the allocator's settings
+that `softmoe-clip train` starts with (softmoe_clip/launch.py). soft-mixture-of-experts has no layer of two linears:
+what it puts in its place, a dense first linear and experts for the second one only, is timed. Peers that are not
+installed are left out. Results go into a JSON beside this file.
 """
 
 import argparse
 import json
-import os
-import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
-from softmoe_clip.launch import tune_cpu_memory
+from machine import machine
+from turns import PLAIN, TUNED, serve, take_turns
+
+SIZES = {"images": 64, "tokens": 196, "width": 384, "experts": 128, "slots": 1}
+OURS, DENSE = "softmoe-clip", "dense MLP"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"images": 64, "tokens": 196, "width": 384, "experts": 128, "slots": 1, "rounds": 9}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/moe_layer.json")
-    options = parser.parse_args()
-    tune_cpu_memory()  # as training does
-
+    options = read_options()
+    if options.work_on:
+        work(options)
+        return
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    tokens = torch.randn(options.images, options.tokens, options.width, device=device, dtype=dtype)
-    layers = {name: layer.to(device, dtype) for name, layer in built(options).items()}
-    seconds = {name: [] for name in layers}
-    for number in range(options.rounds + 2):
-        for name, layer in layers.items():
-            elapsed = timed(layer, tokens.clone().requires_grad_())
-            if number >= 2:
-                seconds[name].append(elapsed)
-    rows = report(options, {name: median(times) for name, times in seconds.items()})
-    found = {"machine": machine(device), "torch": torch.__version__, "settings": vars(options) | {"out": None}}
+    memories = (PLAIN, TUNED) if device == "cpu" and sys.platform == "linux" else (PLAIN,)
+    seconds = take_turns([(name, memory) for name in LAYERS for memory in memories], options.rounds)
+    rows = report(options, seconds)
+    sizes = {name: getattr(options, name) for name in (*SIZES, "rounds")}
+    found = {"machine": machine(device), "torch": torch.__version__, "sizes": sizes, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    before[f"{device} {options.precision}"] = found | {"rows": rows}
-    options.out.write_text(json.dumps(before, indent=1) + "\n")
+    options.out.write_text(json.dumps(before | {f"{device} {options.precision}": found}, indent=1) + "\n")
 
 
-def built(options) -> dict:
-    """Make the layers that can be made here."""
-    import torch
-    from torch import nn
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {**SIZES, "rounds": 9}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/moe_layer.json")
+    parser.add_argument("--work-on", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
+
+def ours(d: int, f: int, e: int, s: int):
     from softmoe_clip.moe import SoftMoE
 
-    d, f, e, s = options.width, 4 * options.width, options.experts, options.slots
-    layers = {
-        "softmoe-clip": SoftMoE(d, e, s),
-        "dense MLP": nn.Sequential(nn.Linear(d, f), nn.GELU(approximate="tanh"), nn.Linear(f, d)),
-    }
-    try:
-        from soft_moe_pytorch import SoftMoE as LucidrainsSoftMoE
+    return SoftMoE(d, e, s, hidden=f)
 
-        layers["soft-moe-pytorch"] = LucidrainsSoftMoE(dim=d, num_experts=e, num_slots=s)
-    except ImportError as error:
-        print(f"soft-moe-pytorch is left out: {error}")
-    try:
-        from soft_mixture_of_experts.soft_moe import SoftMoE as FkodomSoftMoE
 
-        experts = FkodomSoftMoE(f, d, e, s)
-        layers["soft-mixture-of-experts"] = nn.Sequential(nn.Linear(d, f), nn.GELU(), experts)
-    except ImportError as error:
-        print(f"soft-mixture-of-experts is left out: {error}")
+def dense(d: int, f: int, e: int, s: int):
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(d, f), nn.GELU(approximate="tanh"), nn.Linear(f, d))
+
+
+def soft_moe_pytorch(d: int, f: int, e: int, s: int):
+    from soft_moe_pytorch import SoftMoE
+
+    return SoftMoE(dim=d, num_experts=e, num_slots=s)
+
+
+def soft_mixture_of_experts(d: int, f: int, e: int, s: int):
+    from soft_mixture_of_experts.soft_moe import SoftMoE
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(d, f), nn.GELU(), SoftMoE(f, d, e, s))
+
+
+LAYERS: dict[str, Callable] = {
+    OURS: ours,
+    DENSE: dense,
+    "soft-moe-pytorch": soft_moe_pytorch,
+    "soft-mixture-of-experts": soft_mixture_of_experts,
+}
+
+
+def work(options: argparse.Namespace) -> None:
+    """Time one layer, in its own process."""
+    import torch
+
     torch.manual_seed(0)
-    return layers
+    d, e, s = options.width, options.experts, options.slots
+    try:
+        layer = LAYERS[options.work_on](d, 4 * d, e, s)
+    except ImportError as error:
+        print(f"{options.work_on} is left out: {error}", file=sys.stderr)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    tokens = torch.randn(options.images, options.tokens, d, device=device, dtype=dtype)
+    layer.to(device, dtype)
+    serve(lambda: step_seconds(layer, tokens.clone().requires_grad_()))
 
 
-def timed(layer: Callable, tokens) -> float:
+def step_seconds(layer: Callable, tokens) -> float:
     """Return the seconds of one forward and backward pass; gradients are made anew, as after `zero_grad`."""
     import torch
 
@@ -91,29 +116,20 @@ def timed(layer: Callable, tokens) -> float:
     return perf_counter() - begin
 
 
-def report(options, seconds: dict[str, float]) -> dict:
-    """Print a table and return its rows: milliseconds, GFLOP/s where the count is known, times slower than ours."""
-    b, n, d, e = options.images, options.tokens, options.width, options.experts * options.slots
-    macs = {"softmoe-clip": b * (3 * n * e * d + 8 * e * d * d), "dense MLP": b * 8 * n * d * d}
-    ours = seconds["softmoe-clip"]
-    rows = {}
-    for name, value in seconds.items():
-        rate = 6 * macs[name] / value / 1e9 if name in macs else None
-        rows[name] = {"milliseconds": round(1000 * value, 1), "gflops": rate and round(rate, 1), "ratio": value / ours}
+def report(options: argparse.Namespace, seconds: dict[tuple[str, str], float]) -> list[dict]:
+    """Print a table and return its rows; FLOP/s where the count is known, times as long as ours in the best memory."""
+    b, n, d, slots = options.images, options.tokens, options.width, options.experts * options.slots
+    macs = {OURS: b * (3 * n * slots * d + 8 * slots * d * d), DENSE: b * 8 * n * d * d}
+    best = min(value for (name, _), value in seconds.items() if name == OURS)
+    rows = []
+    for (name, memory), value in seconds.items():
+        rate = round(6 * macs[name] / value / 1e9, 1) if name in macs else None
+        same = seconds[OURS, memory]
+        rows.append({"layer": name, "memory": memory, "milliseconds": round(1000 * value, 1), "gflops": rate})
+        rows[-1] |= {"times_ours": round(value / same, 3), "times_ours_at_best": round(value / best, 3)}
         shown = "" if rate is None else f"{rate:8.1f} GFLOP/s"
-        print(f"{name:28} {1000 * value:9.1f} ms   {value / ours:5.2f} x ours {shown}")
+        print(f"{name:24} {memory:6} {1000 * value:9.1f} ms {value / same:6.2f} {value / best:6.2f} x ours {shown}")
     return rows
-
-
-def machine(device: str) -> str:
-    """Say what this was measured on."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores of {cpu}"
 
 
 if __name__ == "__main__":

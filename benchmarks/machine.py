@@ -1,0 +1,18 @@
+"""What a benchmark ran on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def machine(device: str = "cpu") -> str:
+    """Name the GPU, or the processor and its cores, with the system and the version of Python."""
+    if device == "cuda":
+        import torch
+
+        chip = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+        chip = f"{os.cpu_count()} cores of {cpu}"
+    return f"{chip}, {platform.system()}, Python {platform.python_version()}"
