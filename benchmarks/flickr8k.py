@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from machine import machine
+
 CONFIG = "configs/clip_softmoe_flickr8k.yaml"
 SOFT, DENSE = "SoftMoE-demo", "PlainViT-demo"
 TIMED_STEPS = 80
@@ -113,16 +115,6 @@ def config_value(key: str):
 def softmoe_clip(*arguments) -> None:
     """Run one verb in a process of its own."""
     subprocess.run([sys.executable, "-m", "softmoe_clip", *map(str, arguments)], check=True)
-
-
-def machine() -> str:
-    """Say what these numbers were measured on."""
-    import os
-    import platform
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores of {cpu}, {platform.system()}, Python {platform.python_version()}"
 
 
 def table(rows: dict[str, dict]) -> str:

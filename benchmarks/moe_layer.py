@@ -10,12 +10,12 @@ the second one only, is timed. Peers that are not installed are left out. Result
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+
+from machine import machine
 
 from softmoe_clip.launch import tune_cpu_memory
 
@@ -103,17 +103,6 @@ def report(options, seconds: dict[str, float]) -> dict:
         shown = "" if rate is None else f"{rate:8.1f} GFLOP/s"
         print(f"{name:28} {1000 * value:9.1f} ms   {value / ours:5.2f} x ours {shown}")
     return rows
-
-
-def machine(device: str) -> str:
-    """Say what this was measured on."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores of {cpu}"
 
 
 if __name__ == "__main__":
