@@ -17,7 +17,7 @@ def tower_of(config, params):
     tower = ReferenceViT(
         img_size=16,
         patch_size=config["patch_size"][0],
-        num_classes=config["num_classes"],
+        num_classes=config["num_classes"] or 0,
         global_pool={"gap": "avg", "map": "map"}[config["classifier"]],
         fc_norm=False,
         class_token=False,
@@ -94,7 +94,8 @@ def in_their_names(tensors, num_heads):
         put_norm("MapHead/LayerNorm", "attn_pool.norm")
         for j in (0, 1):
             put_linear(f"MapHead/Mlp/Dense_{j}", f"attn_pool.mlp.fc{j + 1}")
-    put_linear("head", "head")
+    if "head.weight" in tensors:
+        put_linear("head", "head")
     return views
 
 

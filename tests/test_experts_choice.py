@@ -1,45 +1,17 @@
 """Experts Choice against numbers of the reference, a slow oracle, and mutants that both must catch."""
 
-import json
-from functools import partial
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_sparse import GOLDEN, PARAMETERS, TOLERANCE, error, golden_layer
 
 from softmoe_clip.moe import ExpertsChoiceMoE, collect_routing
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("ec_*.npz"))
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-PARAMETERS = {
-    "Router/dense/kernel": "gate",
-    "Mlp/Dense_0/kernel": "experts.w_in",
-    "Mlp/Dense_0/bias": "experts.b_in",
-    "Mlp/Dense_1/kernel": "experts.w_out",
-    "Mlp/Dense_1/bias": "experts.b_out",
-}
 
 
 def layer_of(case, layer_class=ExpertsChoiceMoE, dtype=torch.float64):
-    """The layer of a reference case, in evaluation mode; its noise, if any, is the case's own."""
-    router = json.loads(str(case["meta"]))["router"]
-    dispatcher = router["dispatcher"]
-    width, num_experts = case["param:Router/dense/kernel"].shape
-    layer = layer_class(
-        width,
-        num_experts,
-        dispatcher["capacity_factor"],
-        dispatcher.get("capacity_ceil_or_round", "ceil"),
-        dispatcher.get("capacity_multiple_of", 4),
-        router["noise_std"],
-        hidden=case["param:Mlp/Dense_0/kernel"].shape[-1],
-    ).to(dtype)
-    layer.load_state_dict({ours: torch.from_numpy(case[f"param:{theirs}"]) for theirs, ours in PARAMETERS.items()})
-    if "noise_standard_normal" in case:
-        layer.route = partial(layer.route, noise=torch.from_numpy(case["noise_standard_normal"]).to(dtype))
-    return layer.eval()
+    return golden_layer(case, layer_class, dtype)
 
 
 def errors(case, layer, dtype):
@@ -53,11 +25,6 @@ def errors(case, layer, dtype):
     found = {name: error(case[name], value) for name, value in ours.items()}
     found["dispatch"] = 0.0 if np.array_equal(case["dispatch"], routing.dispatch.numpy()) else np.inf
     return found
-
-
-def error(reference, ours):
-    difference = np.abs(reference - ours.detach().double().numpy()).max()
-    return difference / max(1.0, np.abs(reference).max())
 
 
 def test_all_reference_cases_are_there():

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import torch
-from golden_towers import below, golden_case, golden_text_tower, golden_vit
+from golden_text import below, golden_case, golden_text_tower
+from reference_vit import tower_of
 from text_oracle import gelu, softmax
 from torch import nn
 
@@ -14,7 +15,7 @@ from softmoe_clip.training.losses import siglip_loss
 def test_two_towers_equal_the_reference():
     case, params = golden_case("twotower_soft_siglip")
     meta = json.loads(str(case["meta"]))
-    visual = golden_vit(meta["image"], below("img/", params))
+    visual = tower_of(meta["image"], {name: value.numpy() for name, value in below("img/", params).items()})
     textual = golden_text_tower(meta["text"], below("txt/", params))
     features = {
         "zimg": visual(torch.from_numpy(case["image"]).double().permute(0, 3, 1, 2)),

@@ -1,9 +1,27 @@
-"""How google-research/vmoe draws the linear layers of its towers, for timm's modules."""
+"""What google-research/vmoe does otherwise in its towers, for timm's modules: qk-norms, and how weights are drawn."""
 
+from collections.abc import Iterable
+from functools import partial
 from math import sqrt
 
 import torch
+from timm.layers import AttentionPoolLatent, LayerNorm
 from torch import nn
+
+NORM = partial(LayerNorm, eps=1e-6)
+QK_NORM = partial(LayerNorm, eps=1e-6, bias=False)
+
+
+def drop_qk_bias(attentions: Iterable[nn.Module]) -> None:
+    """Give attention layers and pools the reference's qk-norm, without a bias; timm has no setting that does it."""
+    for attention in attentions:
+        attention.q_norm, attention.k_norm = QK_NORM(attention.head_dim), QK_NORM(attention.head_dim)
+
+
+@torch.no_grad()
+def init_probe(pool: AttentionPoolLatent) -> None:
+    """Draw the probe of a MAP head xavier_uniform."""
+    nn.init.xavier_uniform_(pool.latent[0])
 
 
 @torch.no_grad()

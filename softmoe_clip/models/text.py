@@ -5,18 +5,16 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from timm.layers import Attention, AttentionPoolLatent, LayerNorm, Mlp
+from timm.layers import Attention, AttentionPoolLatent, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from softmoe_clip.models.reference_start import init_linears_like_reference
+from softmoe_clip.models.reference_start import NORM, QK_NORM, drop_qk_bias, init_linears_like_reference, init_probe
 from softmoe_clip.moe.soft import lecun_normal
 
 Pool = Literal["last", "map"]
 Padding = Literal["attend", "mask"]
 
-NORM = partial(LayerNorm, eps=1e-6)
-QK_NORM = partial(LayerNorm, eps=1e-6, bias=False)
 GELU = partial(nn.GELU, approximate="tanh")
 # The sizes that text_cfg must hold for this tower, in open_clip's words; `mlp_ratio` and `eos_id` may be left out.
 SIZES = ("context_length", "vocab_size", "width", "heads", "layers")
@@ -83,7 +81,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=width**-0.5)
         nn.init.normal_(self.positional_embedding, std=0.02)
         if self.attn_pool is not None:
-            nn.init.xavier_uniform_(self.attn_pool.latent[0])
+            init_probe(self.attn_pool)
 
     def forward(self, token_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b z"]:
         """Embed b captions; rows may be shorter than the context length, never longer."""
@@ -119,7 +117,7 @@ class TextTower(nn.Module):
 def map_head(width: int, num_heads: int, hidden: int) -> AttentionPoolLatent:
     """Make the reference's MapHead: z = attention of a learned probe (qk-norm, nothing added), then z + MLP(LN(z))."""
     head = AttentionPoolLatent(width, num_heads=num_heads, norm_layer=NORM)
-    head.q_norm, head.k_norm = QK_NORM(width // num_heads), QK_NORM(width // num_heads)
+    drop_qk_bias([head])
     head.mlp = Mlp(width, hidden, act_layer=GELU)
     return head
 

@@ -18,6 +18,11 @@ def trunk_features(model: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[
     return getattr(model.visual, "trunk", model.visual)(images)
 
 
+def head(model: nn.Module, features: Float[Tensor, "b d"]) -> Float[Tensor, "b z"]:
+    """Run what follows the trunk: open_clip's head on a timm trunk; its own towers have theirs inside."""
+    return model.visual.head(features) if hasattr(model.visual, "trunk") else features
+
+
 class FromFeatures(nn.Module):
     """Two towers that take the trunk's features instead of pictures, and give what open_clip's models give."""
 
@@ -27,9 +32,8 @@ class FromFeatures(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d"], token_ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
         """Head, text tower, both normalised, and the scale."""
-        head = getattr(self.towers.visual, "head", None) if hasattr(self.towers.visual, "trunk") else None
         out = {
-            "image_features": F.normalize(features if head is None else head(features), dim=-1),
+            "image_features": F.normalize(head(self.towers, features), dim=-1),
             "text_features": self.towers.encode_text(token_ids, normalize=True),
             "logit_scale": self.towers.logit_scale.exp(),
         }
@@ -38,13 +42,14 @@ class FromFeatures(nn.Module):
 
 @torch.inference_mode()
 def check_features(loaded: LoadedModel, image, row: Float[Tensor, " d"], folder: str) -> None:
-    """Refuse features that train what they hold fixed, or that another trunk made; `image` is the picture of `row`."""
+    """Refuse features that train what they hold fixed, or that another trunk made; `image` is the picture of `row`.
+
+    The model is in eval mode afterwards.
+    """
     trained = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
     name = trunk_name(loaded.model)
     if any(parameter.startswith(name) for parameter in trained):
         raise ValueError(f'data.image_features need a frozen trunk: set freeze=["^{name[:-1]}"] with them')
-    mode = loaded.model.training
     expected = trunk_features(loaded.model.eval(), loaded.transform(image)[None])[0]
-    loaded.model.train(mode)
     if expected.shape != row.shape or not torch.allclose(expected, row, rtol=1e-2, atol=1e-2 * float(expected.std())):
         raise ValueError(f"data.image_features: {folder} was made by another image tower than this run's (see `init`)")

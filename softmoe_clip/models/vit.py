@@ -4,18 +4,16 @@ Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention wi
 timm's `pos_embed`: `learn` or `sincos2d` (fixed).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.layers import LayerNorm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.models.positions import sincos2d
-from softmoe_clip.models.reference_start import init_linears_like_reference
+from softmoe_clip.models.reference_start import NORM, drop_qk_bias, init_linears_like_reference, init_probe
 from softmoe_clip.moe.install import install
 from softmoe_clip.moe.soft import lecun_normal
 
@@ -76,11 +74,9 @@ class ReferenceViT(VisionTransformer):
         learnt = "none" if pos_embed == "sincos2d" else pos_embed
         super().__init__(weight_init="skip", pos_embed=learnt, qk_norm=qk_norm, **timm_arguments)
         self.fixed_positions = pos_embed == "sincos2d"
-        # timm's qk-norm has a bias, the reference's has none; timm offers no setting for it, and none for the pool's.
-        pools = [] if self.attn_pool is None else [self.attn_pool]
-        for attention in [block.attn for block in self.blocks] + pools if qk_norm else []:
-            attention.q_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
-            attention.k_norm = LayerNorm(attention.head_dim, eps=1e-6, bias=False)
+        if qk_norm:
+            pools = [] if self.attn_pool is None else [self.attn_pool]
+            drop_qk_bias([block.attn for block in self.blocks] + pools)
         self.init_like_reference()
         if moe is not None:
             install(self, moe)
@@ -108,7 +104,7 @@ class ReferenceViT(VisionTransformer):
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
         if self.attn_pool is not None:
-            nn.init.xavier_uniform_(self.attn_pool.latent[0])
+            init_probe(self.attn_pool)
         init_linears_like_reference(self)
 
     @torch.jit.ignore
@@ -134,7 +130,7 @@ def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: b
         "class_token": False,
         "fc_norm": False,  # timm would move the last norm behind the mean
         "qk_norm": True,
-        "norm_layer": partial(LayerNorm, eps=1e-6),
+        "norm_layer": NORM,
         "act_layer": "gelu_tanh",
     }
     return build_model_with_cfg(ReferenceViT, variant, pretrained, **(arguments | overrides))

@@ -4,14 +4,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_clip.moe.capacity import Rounding
-from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
+from softmoe_clip.moe.sparse import SparseMoE, best, queue_up
 
 HASH = 2_654_435_761  # 2**32 / golden ratio (Knuth): neighbours in a row or column of patches are torn apart
 SINKHORN_STEPS = 30
 
 
-class HashMoE(TokensChoiceMoE):
+class HashMoE(SparseMoE):
     """Each position belongs to one expert for ever (Hash Layers, arXiv 2106.04426, on positions instead of words).
 
     Nothing is learnt about routing, nothing is dropped, the weight is 1, and loads differ by one token at most.
@@ -28,51 +27,20 @@ class HashMoE(TokensChoiceMoE):
         scores = torch.zeros(own.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=device)
         return scores.masked_fill(~own, -torch.inf).expand(len(tokens), -1, -1)
 
-    def aux_losses(
-        self, logits: Float[Tensor, "g m e"], noisy: Float[Tensor, "g m e"]
-    ) -> dict[str, Float[Tensor, " g"]]:
-        """Need none."""
-        return {}
+    def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
+        """Let each token queue up at the one expert that it may go to."""
+        return queue_up(best(gates, dim=2)[..., :1], gates.shape[2], num_slots)
 
 
-class SinkhornMoE(TokensChoiceMoE):
+class SinkhornMoE(SparseMoE):
     """Each token goes to its largest entry of a balanced transport plan (S-BASE of arXiv 2202.01169).
 
     The plan scales the gates until every expert gets equally much; the weight of the choice is the plain gate.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_experts: int,
-        capacity_factor: float = 1.0,
-        capacity_rounding: Rounding = "ceil",
-        capacity_multiple_of: int = 4,
-        noise_std: float = 0.0,
-        group_size: int = 1,
-        hidden: int | None = None,
-    ):
-        super().__init__(
-            width,
-            num_experts,
-            1,
-            capacity_factor,
-            capacity_rounding,
-            capacity_multiple_of,
-            noise_std=noise_std,
-            group_size=group_size,
-            hidden=hidden,
-        )
-
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
         """Let tokens queue up by the plan instead of the gates."""
-        return super().choose(transport_plan(gates), num_slots)
-
-    def aux_losses(
-        self, logits: Float[Tensor, "g m e"], noisy: Float[Tensor, "g m e"]
-    ) -> dict[str, Float[Tensor, " g"]]:
-        """Need none."""
-        return {}
+        return queue_up(best(transport_plan(gates), dim=2)[..., :1], gates.shape[2], num_slots)
 
 
 def hashed_experts(num_tokens: int, num_experts: int, device: torch.device) -> Int[Tensor, " m"]:

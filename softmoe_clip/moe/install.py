@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from softmoe_clip.config import MoEConfig
+from softmoe_clip.config import ROUTER_SETTINGS, MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
 from softmoe_clip.moe.assignment import HashMoE, SinkhornMoE
 from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
@@ -14,6 +14,19 @@ from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))
+LAYERS = {
+    "soft": SoftMoE,
+    "uniform": UniformMoE,
+    "identity": IdentityMoE,
+    "soft_uniform": SoftUniformMoE,
+    "uniform_soft": UniformSoftMoE,
+    "tokens_choice": TokensChoiceMoE,
+    "experts_choice": ExpertsChoiceMoE,
+    "hash": HashMoE,
+    "sinkhorn": SinkhornMoE,
+}
+# The layer's names of the losses, and the settings that weigh them.
+AUX_LOSSES = {"importance": "importance_loss", "load": "load_loss", "gshard": "gshard_loss"}
 
 
 def install(tower: nn.Module, config: MoEConfig) -> None:
@@ -42,34 +55,10 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
 
 def new_layer(config: MoEConfig, width: int, hidden: int) -> nn.Module:
     """Make the layer of a router, with fresh weights."""
-    sizes = (width, config.num_experts, config.slots_per_expert, hidden)
-    if config.router == "soft":
-        return SoftMoE(*sizes, config.normalize, config.activation)
-    half_learnt = {"soft_uniform": SoftUniformMoE, "uniform_soft": UniformSoftMoE}
-    if config.router in half_learnt:
-        return half_learnt[config.router](*sizes, config.normalize)
-    fixed = {"uniform": UniformMoE, "identity": IdentityMoE}
-    if config.router in fixed:
-        return fixed[config.router](*sizes)
-    shared = {
-        "capacity_factor": config.capacity_factor,
-        "capacity_rounding": config.capacity_rounding,
-        "capacity_multiple_of": config.capacity_multiple_of,
-        "noise_std": config.noise_std,
-        "group_size": config.group_size,
-        "hidden": hidden,
-    }
-    if config.router == "hash":
-        return HashMoE(width, config.num_experts, hidden)
-    balanced = {"experts_choice": ExpertsChoiceMoE, "sinkhorn": SinkhornMoE}
-    if config.router in balanced:
-        return balanced[config.router](width, config.num_experts, **shared)
-    layer = TokensChoiceMoE(width, config.num_experts, config.top_k, bpr=config.bpr, **shared)
-    layer.aux_weights = {
-        "importance": config.importance_loss,
-        "load": config.load_loss,
-        "gshard": config.gshard_loss,
-    }
+    names = ROUTER_SETTINGS[config.router] - {"shared_expert", *AUX_LOSSES.values()}
+    layer = LAYERS[config.router](width, hidden=hidden, **{name: getattr(config, name) for name in names})
+    if config.router == "tokens_choice":
+        layer.aux_weights = {loss: getattr(config, name) for loss, name in AUX_LOSSES.items()}
     return layer
 
 

@@ -4,7 +4,7 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from softmoe_clip.moe import stats
@@ -34,12 +34,12 @@ class SparseMoE(nn.Module):
         self,
         width: int,
         num_experts: int,
-        capacity_factor: float,
-        capacity_rounding: Rounding,
-        capacity_multiple_of: int,
-        noise_std: float,
-        group_size: int,
-        hidden: int | None,
+        capacity_factor: float = 1.0,
+        capacity_rounding: Rounding = "ceil",
+        capacity_multiple_of: int = 4,
+        noise_std: float = 0.0,
+        group_size: int = 1,
+        hidden: int | None = None,
     ):
         super().__init__()
         self.label = type(self).__name__  # what routing statistics call this layer; `install` sets it
@@ -129,3 +129,27 @@ class SparseMoE(nn.Module):
             f"width={self.experts.w_in.shape[1]}, num_experts={len(self.experts.w_in)}, top_k={self.top_k}, "
             f"capacity={rounding}({factor}) of {multiple_of}, noise_std={self.noise_std}, group_size={self.group_size}"
         )
+
+
+def best(values: Float[Tensor, "*shape"], dim: int) -> Tensor:
+    """Sort places by value, largest first; at equal values the lower place comes first, which topk does not promise."""
+    return values.detach().argsort(dim=dim, descending=True, stable=True)
+
+
+def queue_up(
+    choices: Int[Tensor, "g m k"], num_experts: int, num_slots: int, order: Int[Tensor, "g m"] | None = None
+) -> Bool[Tensor, "g m e s"]:
+    """Give the slots out in order: all tokens' first choices, then their second ones; who comes too late gets none.
+
+    Tokens stand in line as `order` lists them, without it by their number.
+    """
+    (g, m, k), e, device = choices.shape, num_experts, choices.device
+    order = torch.arange(m, device=device).expand(g, m) if order is None else order
+    expert = choices.gather(1, order[..., None].expand_as(choices)).transpose(1, 2).flatten(1)
+    token = order.repeat(1, k)
+    queues = expert[..., None] == torch.arange(e, device=device)
+    place = queues.cumsum(1).gather(2, expert[..., None]).squeeze(2) - 1
+    # Whoever finds no slot is written behind the end, which is cut off: shapes do not depend on the data.
+    slot = torch.where(place < num_slots, (token * e + expert) * num_slots + place, m * e * num_slots)
+    filled = torch.zeros(g, m * e * num_slots + 1, dtype=torch.bool, device=device).scatter(1, slot, True)
+    return filled[:, :-1].view(g, m, e, num_slots)

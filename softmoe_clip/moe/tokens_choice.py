@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmoe_clip.moe.capacity import Rounding
-from softmoe_clip.moe.sparse import SparseMoE
+from softmoe_clip.moe.sparse import SparseMoE, best, queue_up
 
 
 class TokensChoiceMoE(SparseMoE):
@@ -37,17 +37,8 @@ class TokensChoiceMoE(SparseMoE):
 
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
         """Let the tokens queue up, first choices before second ones, until the slots are full."""
-        g, m, e = gates.shape
-        choices = best(gates, dim=2)[..., : self.top_k]
-        order = best(gates.amax(2), dim=1) if self.bpr else torch.arange(m, device=gates.device).expand(g, m)
-        expert = choices.gather(1, order[..., None].expand_as(choices)).transpose(1, 2).flatten(1)
-        token = order.repeat(1, self.top_k)
-        queues = expert[..., None] == torch.arange(e, device=gates.device)
-        place = queues.cumsum(1).gather(2, expert[..., None]).squeeze(2) - 1
-        # Whoever finds no slot is written behind the end, which is cut off: shapes do not depend on the data.
-        slot = torch.where(place < num_slots, (token * e + expert) * num_slots + place, m * e * num_slots)
-        filled = gates.new_zeros(g, m * e * num_slots + 1, dtype=torch.bool).scatter(1, slot, True)
-        return filled[:, :-1].view(g, m, e, num_slots)
+        order = best(gates.amax(2), dim=1) if self.bpr else None
+        return queue_up(best(gates, dim=2)[..., : self.top_k], gates.shape[2], num_slots, order)
 
     def aux_losses(
         self, logits: Float[Tensor, "g m e"], noisy: Float[Tensor, "g m e"]
@@ -71,11 +62,6 @@ class TokensChoiceMoE(SparseMoE):
             chance = torch.special.ndtr((logits - threshold) / (self.noise_std / e))
             losses["load"] = squared_variation(chance.mean(1))
         return losses
-
-
-def best(values: Float[Tensor, "*shape"], dim: int) -> Tensor:
-    """Sort places by value, largest first; at equal values the lower place comes first, which topk does not promise."""
-    return values.detach().argsort(dim=dim, descending=True, stable=True)
 
 
 def squared_variation(loads: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:

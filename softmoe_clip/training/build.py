@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from softmoe_clip.config import ModelConfig, TrainConfig
 from softmoe_clip.data_pipelines.images import decode_rgb
@@ -20,7 +21,7 @@ from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config, read_architecture
 from softmoe_clip.models.store import LoadedModel, transform_of
-from softmoe_clip.models.trunk import check_features
+from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
@@ -56,6 +57,11 @@ def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet) -> P
     if data.augment == "none":
         return Whole(loaded.transform)
     return RandomCrop(loaded.image_size, Augment(crop_scale=data.crop_scale, flip=data.flip))
+
+
+def run_towers(config: TrainConfig, towers: nn.Module) -> nn.Module:
+    """Let the towers take what `run_picture` shows them."""
+    return towers if config.data.image_features is None else FromFeatures(towers)
 
 
 def run_tokenizer(name: str, text_cfg: dict) -> Tokenizer:

@@ -17,9 +17,8 @@ from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
-from softmoe_clip.models.trunk import FromFeatures
 from softmoe_clip.moe.stats import collect_routing
-from softmoe_clip.training.build import build, run_picture
+from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
@@ -62,8 +61,7 @@ def train(config: TrainConfig) -> Path:
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
-    takes_features = config.data.image_features is not None
-    model, optimizer = accelerator.prepare(FromFeatures(towers) if takes_features else towers, optimizer)
+    model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0

@@ -12,8 +12,7 @@ from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
-from softmoe_clip.models.trunk import FromFeatures
-from softmoe_clip.training.build import build, run_picture
+from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.freeze import train_mode
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.optim import adamw, schedule
@@ -58,7 +57,7 @@ def timed_steps(
 ) -> tuple[float, int]:
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
     towers, preprocess = loaded.model.to(device), loaded.preprocess_cfg
-    model = towers if config.data.image_features is None else FromFeatures(towers)
+    model = run_towers(config, towers)
     train_mode(model)
     optimizer = adamw(towers, config.optim)
     batches = train_batches(

@@ -1,16 +1,11 @@
-"""Build towers and fill them with the parameters of the reference's golden files."""
+"""Our text tower with the parameters of the reference's golden files; reference_vit does it for image towers."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from timm.layers import LayerNorm
 
-from softmoe_clip.config import MoEConfig
 from softmoe_clip.models.text import TextTower
-from softmoe_clip.models.vit import ReferenceViT
-from softmoe_clip.moe import install
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,36 +21,6 @@ def below(prefix, params):
     return {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
 
 
-def golden_vit(config, params):
-    """The reference's VisionTransformerMoe of 16 x 16 pictures and mean pooling, in float64."""
-    encoder = config["encoder"]
-    tower = ReferenceViT(
-        img_size=16,
-        patch_size=4,
-        num_classes=config["num_classes"] or 0,
-        global_pool="avg",
-        fc_norm=False,
-        class_token=False,
-        embed_dim=config["hidden_size"],
-        depth=encoder["num_layers"],
-        num_heads=encoder["num_heads"],
-        mlp_ratio=encoder["mlp_dim"] / config["hidden_size"],
-        qk_norm=True,
-        norm_layer=partial(LayerNorm, eps=1e-6),
-        act_layer="gelu_tanh",
-        moe=moe_config(encoder, params),
-    ).double()
-    state = encoder_state(params, encoder)
-    state["patch_embed.proj.weight"] = params["embedding/kernel"].permute(3, 2, 0, 1)
-    state["patch_embed.proj.bias"] = params["embedding/bias"]
-    positions = "Encoder/posembed_input/pos_embedding"
-    state["pos_embed"] = params[positions] if positions in params else sincos(4, config["hidden_size"])
-    if config["num_classes"]:
-        state["head.weight"], state["head.bias"] = params["head/kernel"].T, params["head/bias"]
-    tower.load_state_dict(state)
-    return tower
-
-
 def golden_text_tower(config, params):
     """The reference's TextTransformer, in float64."""
     encoder, width, positions = config["encoder"], config["hidden_size"], "Encoder/posembed_input/pos_embedding"
@@ -69,8 +34,6 @@ def golden_text_tower(config, params):
         output_dim=config["num_classes"],
         pool=config["pool_type"],
     )
-    if moe := moe_config(encoder, params):
-        install(tower, moe)
     state = encoder_state(params, encoder)
     state["token_embedding.weight"], state["positional_embedding"] = params["Embed_0/embedding"], params[positions][0]
     state["head.weight"], state["head.bias"] = params["head/kernel"].T, params["head/bias"]
@@ -78,15 +41,6 @@ def golden_text_tower(config, params):
         state |= map_head_state(below("MapHead/", params))
     tower.double().load_state_dict(state)
     return tower
-
-
-def moe_config(encoder, params):
-    """Read from the parameters how many experts there are."""
-    if not encoder["moe"]["layers"]:
-        return None
-    layers = encoder["moe"]["layers"]
-    experts, slots = params[f"Encoder/encoderblock_{layers[0]}/Moe/Router/mu"].shape[1:]
-    return MoEConfig(layers=layers, num_experts=experts, slots_per_expert=slots)
 
 
 def encoder_state(params, encoder):
@@ -98,14 +52,7 @@ def encoder_state(params, encoder):
             state[f"{ours}norm{j + 1}.weight"] = theirs[f"LayerNorm_{j}/scale"]
             state[f"{ours}norm{j + 1}.bias"] = theirs[f"LayerNorm_{j}/bias"]
         state |= attention_state(f"{ours}attn.", below("SelfAttention/", theirs), {"qkv": ("query", "key", "value")})
-        if i in encoder["moe"]["layers"]:
-            state[f"{ours}mlp.slot_embed"] = theirs["Moe/Router/mu"]
-            state[f"{ours}mlp.router_scale"] = theirs["Moe/Router/scale"]
-            for j, side in enumerate(("in", "out")):
-                state[f"{ours}mlp.experts.w_{side}"] = theirs[f"Moe/Mlp/Dense_{j}/kernel"]
-                state[f"{ours}mlp.experts.b_{side}"] = theirs[f"Moe/Mlp/Dense_{j}/bias"]
-        else:
-            state |= mlp_state(f"{ours}mlp.", below("Mlp/", theirs))
+        state |= mlp_state(f"{ours}mlp.", below("Mlp/", theirs))
     return state
 
 
@@ -136,11 +83,3 @@ def mlp_state(prefix, params):
     return {f"{prefix}fc{j + 1}.weight": params[f"Dense_{j}/kernel"].T for j in (0, 1)} | {
         f"{prefix}fc{j + 1}.bias": params[f"Dense_{j}/bias"] for j in (0, 1)
     }
-
-
-def sincos(side, width):
-    """The reference's fixed positions: [sin x, cos x, sin y, cos y]."""
-    y, x = np.mgrid[:side, :side]
-    omega = 10_000 ** -(np.arange(width // 4) / (width // 4 - 1))
-    table = [f(np.outer(axis.flatten(), omega)) for axis in (x, y) for f in (np.sin, np.cos)]
-    return torch.from_numpy(np.concatenate(table, axis=1))[None]
