@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from softmoe_clip.data_pipelines.images import largest_shrink, load_rgb, open_picture, upright_size
 
@@ -26,20 +27,24 @@ class Augment:
 
 
 class Crop(NamedTuple):
-    """A box in pixels of the upright picture, and whether to mirror it."""
+    """A box in pixels of the upright picture, whether to mirror it, and how much smaller the picture may be decoded.
+
+    The box stands on the pixels of the picture at 1/shrink of its size.
+    """
 
     left: int
     top: int
     width: int
     height: int
     flip: bool
+    shrink: int
 
 
 def train_crop(
     image: Image.Image, image_size: int, augment: Augment, rng: np.random.Generator
 ) -> UInt8[Tensor, "3 {image_size} {image_size}"]:
     """Crop a decoded RGB picture at random and resize the crop; all draws come from `rng`."""
-    return resized_crop(image, draw_crop(*image.size, augment, rng), image.size, image_size)
+    return resized_crop(image, draw_crop(*image.size, image_size, augment, rng), image_size)
 
 
 def decode_crop(
@@ -51,42 +56,45 @@ def decode_crop(
     """
     picture = open_picture(data)
     size = upright_size(picture)
-    crop = draw_crop(*size, augment, rng)
-    image = load_rgb(picture, largest_shrink(min(crop.width, crop.height), image_size))
-    return resized_crop(image, crop, size, image_size)
+    crop = draw_crop(*size, image_size, augment, rng)
+    image = load_rgb(picture, crop.shrink)
+    if image.size != size:
+        crop = Crop(*(pixels // crop.shrink for pixels in crop[:4]), crop.flip, shrink=1)
+    return resized_crop(image, crop, image_size)
 
 
-def draw_crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> Crop:
-    """Draw a box as torchvision's RandomResizedCrop does: ten tries, then the largest centred box of a fair ratio."""
+def draw_crop(width: int, height: int, image_size: int, augment: Augment, rng: np.random.Generator) -> Crop:
+    """Draw a box as torchvision's RandomResizedCrop does: ten tries, then the largest centred box of a fair ratio.
+
+    Then move it, by less than one pixel of the result, to where a picture of 1/2, 1/4 or 1/8 of the size has pixels:
+    the smallest one in which the box still holds `image_size` of them.
+    """
     flip = augment.flip and rng.random() < 0.5
+    box = draw_box(width, height, augment, rng)
+    shrink = largest_shrink(min(box[2:]), image_size)
+    return Crop(*(pixels - pixels % shrink for pixels in box), flip, shrink)
+
+
+def draw_box(width: int, height: int, augment: Augment, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw left, top, width and height of the inception crop."""
     low, high = np.log(augment.crop_ratio)
     for _ in range(NUM_CROP_DRAWS):
         area = width * height * rng.uniform(*augment.crop_scale)
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h, flip)
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w = min(width, max(1, round(height * augment.crop_ratio[1])))
     h = min(height, max(1, round(width / augment.crop_ratio[0])))
-    return Crop((width - w) // 2, (height - h) // 2, w, h, flip)
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
-def resized_crop(
-    image: Image.Image, crop: Crop, size: tuple[int, int], image_size: int
-) -> UInt8[Tensor, "3 {image_size} {image_size}"]:
-    """Cut out `crop`, given in a picture of `size`, from `image`, which may be a scaled version of it; and resize."""
-    across, down = image.width / size[0], image.height / size[1]
-    box = (
-        crop.left * across,
-        crop.top * down,
-        # A scaled picture is rounded up, so the product can pass its edge by a rounding error.
-        min((crop.left + crop.width) * across, image.width),
-        min((crop.top + crop.height) * down, image.height),
-    )
-    # The gap lets Pillow average whole pixels first where the crop is many times larger than the result.
-    resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    pixels = np.asarray(resized)
-    return torch.from_numpy(np.ascontiguousarray((pixels[:, ::-1] if crop.flip else pixels).transpose(2, 0, 1)))
+def resized_crop(image: Image.Image, crop: Crop, image_size: int) -> UInt8[Tensor, "3 {image_size} {image_size}"]:
+    """Cut `crop` out of an RGB picture and resize it, antialiased; torch's kernel for bytes is four times as fast."""
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]
+    resized = interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True)[0]
+    return (resized.flip(-1) if crop.flip else resized).contiguous()
 
 
 def normalise(

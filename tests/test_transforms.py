@@ -11,6 +11,7 @@ from PIL import Image
 from softmoe_clip.data_pipelines.transforms import (
     Augment,
     decode_crop,
+    draw_box,
     draw_crop,
     eval_transform,
     normalise,
@@ -62,11 +63,45 @@ def test_pictures_stored_turned_are_cropped_upright():
         assert (quick[:2] - train_crop(picture, 32, Augment(), np.random.default_rng(3)).int()[:2]).abs().max() <= 4
 
 
+def photograph(width: int, height: int, seed: int) -> Image.Image:
+    """Noise whose waves are as strong as they are long, which is the spectrum of photographs."""
+    across, down = np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height))
+    strength = 1 / np.maximum(np.hypot(across, down), 1 / width) ** 1.2
+    waves = np.fft.fft2(np.random.default_rng(seed).standard_normal((3, height, width))) * strength
+    planes = np.fft.ifft2(waves).real
+    return Image.fromarray((128 + 50 * planes / planes.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("image_size", [224, 64])
+@pytest.mark.parametrize("crop_scale", [(0.05, 1.0), (0.9, 1.0)])
+def test_quick_crops_of_jpegs_differ_little_from_pillows_resizing_of_the_whole_picture(image_size, crop_scale):
+    augment, differences = Augment(crop_scale=crop_scale), []
+    for seed in range(12):
+        data = encoded(photograph(640, 480, seed), "JPEG", quality=90)
+        quick = decode_crop(data, image_size, augment, np.random.default_rng(seed)).int()
+        whole = Image.open(io.BytesIO(data)).convert("RGB")
+        crop = draw_crop(640, 480, image_size, augment, np.random.default_rng(seed))
+        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+        slow = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+        differences.append((quick - torch.from_numpy(np.array(slow)).permute(2, 0, 1)).abs().float().mean())
+    assert np.mean(differences) < 3
+
+
+@pytest.mark.parametrize("side", [33, 64, 100, 255, 256, 1000])
+def test_boxes_move_by_less_than_a_pixel_of_the_result(side):
+    for seed in range(50):
+        crop = draw_crop(side, side, 32, Augment(), np.random.default_rng(seed))
+        drawn = draw_box(side, side, Augment(), np.random.default_rng(seed))
+        assert not any(pixels % crop.shrink for pixels in crop[:4])
+        assert all(0 <= there - here < crop.shrink for there, here in zip(drawn, crop[:4], strict=True))
+        assert crop.shrink == 1 or min(crop.width, crop.height) >= 32 * crop.shrink
+
+
 def test_boxes_are_distributed_as_torchvisions():
     from torchvision.transforms import RandomResizedCrop
 
     augment = Augment(crop_scale=(0.2, 0.8))
-    ours = [draw_crop(400, 300, augment, np.random.default_rng(seed))[:4] for seed in range(2000)]
+    ours = [draw_crop(400, 300, 400, augment, np.random.default_rng(seed))[:4] for seed in range(2000)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         picture = torch.empty(3, 300, 400)
@@ -84,7 +119,7 @@ def test_boxes_are_distributed_as_torchvisions():
 
 
 def test_half_of_the_pictures_are_mirrored_where_asked():
-    flips = [draw_crop(10, 10, Augment(flip=True), np.random.default_rng(seed)).flip for seed in range(1000)]
+    flips = [draw_crop(10, 10, 10, Augment(flip=True), np.random.default_rng(seed)).flip for seed in range(1000)]
     assert 430 < sum(flips) < 570
     picture = smooth(100, 100)
     mirrored = next(seed for seed, flip in enumerate(flips) if flip)
