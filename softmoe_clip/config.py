@@ -29,6 +29,7 @@ ROUTER_SETTINGS = {
     "experts_choice": _CAPACITY,
     "hash": {"num_experts"},
     "sinkhorn": _CAPACITY,
+    "base": {"num_experts", "group_size"},
     "dense": {"num_experts"},  # a plain MLP has none: there, so that one config can be trained with and without
 }
 
@@ -52,6 +53,7 @@ class MoEConfig:
         "experts_choice",
         "hash",
         "sinkhorn",
+        "base",
         "dense",
     ] = "soft"
     layers: Any = "last_half"  # or a list of block numbers

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from assignment_oracle import by_scipy
 
 from softmoe_clip.moe import collect_routing
-from softmoe_clip.moe.assignment import HashMoE, SinkhornMoE, hashed_experts, transport_plan
+from softmoe_clip.moe.assignment import BaseMoE, HashMoE, SinkhornMoE, hashed_experts, transport_plan
 
 
 def mlp(token, expert, layer):
@@ -94,3 +95,62 @@ def test_sinkhorn_balances_where_the_gates_want_one_expert():
     assert (firsts == 3).float().mean() > 0.9
     loads = layer.route(tokens).dispatch.sum((1, 3))
     assert loads.max() < 2.5 * 128 / 8
+
+
+def test_base_layers_weigh_the_experts_of_the_best_balanced_assignment_by_sigmoids(tokens):
+    layer = apart(BaseMoE(6, 4, hidden=5))
+    scores = (tokens @ layer.gate).detach().numpy()
+    expected = np.zeros((2, 14, 6))
+    for b in range(2):
+        for n, expert in enumerate(by_scipy(scores[b])):
+            expected[b, n] = mlp(tokens[b, n].numpy(), expert, layer) / (1 + np.exp(-scores[b, n, expert]))
+    np.testing.assert_allclose(layer(tokens).detach(), expected, atol=1e-10)
+    assert not np.allclose(scores.argmax(2), [by_scipy(group) for group in scores])
+
+
+def test_base_layers_are_balanced_drop_nothing_and_learn_gate_and_experts(tokens):
+    layer = apart(BaseMoE(6, 4, hidden=5))
+    with collect_routing() as collected:
+        layer(tokens).square().sum().backward()
+    statistics = collected.means()["BaseMoE"]
+    assert statistics["dropped"] == 0
+    assert statistics["filled"] == 14 / 16
+    assert layer.route(tokens).dispatch.sum((1, 3)).sort(1).values.tolist() == [[3, 3, 4, 4]] * 2
+    assert collected.aux_loss() == 0
+    for parameter in layer.parameters():
+        assert parameter.grad.isfinite().all()
+        experts = parameter.grad.T if parameter is layer.gate else parameter.grad
+        assert experts.flatten(1).abs().amax(1).min() > 0  # each of them
+
+
+def test_an_image_in_a_base_layer_depends_on_its_group_alone_in_training_as_in_evaluation(tokens):
+    layer = apart(BaseMoE(6, 4, hidden=5))
+    together = layer(tokens)
+    assert torch.equal(layer.eval()(tokens), together)
+    torch.testing.assert_close(torch.cat([layer(image[None]) for image in tokens]), together)
+    layer.group_size = 2
+    assert layer.route(tokens).dispatch.sum((1, 3)).tolist() == [[7, 7, 7, 7]]
+    assert not torch.allclose(layer(tokens), together)
+    torch.testing.assert_close(layer(tokens[:1]), together[:1])  # an image alone is a group
+
+
+def test_constant_tokens_do_not_keep_a_base_layer_busy():
+    layer = BaseMoE(6, 4)
+    assert layer.route(torch.ones(2, 12, 6)).dispatch.sum((1, 3)).tolist() == [[3, 3, 3, 3]] * 2
+    assert layer.route(torch.full((2, 12, 6), torch.nan)).dispatch.sum((1, 3)).tolist() == [[3, 3, 3, 3]] * 2
+
+
+def test_a_tower_of_base_layers_is_counted_on_the_meta_device_as_any_with_as_many_slots():
+    from open_clip.transformer import VisionTransformer
+
+    from softmoe_clip.config import MoEConfig
+    from softmoe_clip.models.complexity import image_complexity
+    from softmoe_clip.moe import install
+
+    counts = []
+    for router in ({"router": "base"}, {"router": "experts_choice", "capacity_multiple_of": 1}):
+        with torch.device("meta"):
+            tower = VisionTransformer(32, 8, width=24, layers=2, heads=2, mlp_ratio=2.0, output_dim=16)
+            install(tower, MoEConfig(num_experts=4, **router))
+        counts.append(image_complexity(tower, 32))
+    assert counts[0][:2] == counts[1][:2]

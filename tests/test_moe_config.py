@@ -191,7 +191,7 @@ def test_every_router_trains(router, tiny_config):
     assert all(0 < line["loss"] < 100 for line in lines)
     assert ("aux_loss" in lines[0]) == (router == "tokens_choice")
     logged = {name.rsplit("/")[-1] for name in lines[0] if name.startswith("routing/image/block_1/")}
-    if router in ("tokens_choice", "experts_choice", "hash", "sinkhorn"):
+    if router in ("tokens_choice", "experts_choice", "hash", "sinkhorn", "base"):
         assert {"dropped", "filled", "load_max", "load_min", "gate_entropy", "gate_max"} <= logged
     if router == "tokens_choice":
         assert {"importance_loss", "gshard_loss"} <= logged

@@ -126,10 +126,11 @@ COMPILED = """
 import torch
 from softmoe_clip.moe import ExpertsChoiceMoE, TokensChoiceMoE, collect_routing
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
+from softmoe_clip.moe.assignment import BaseMoE
 
 torch.manual_seed(0)
 tokens = torch.randn(2, 8, 16)
-sparse = [TokensChoiceMoE(16, 4, 2, bpr=True), ExpertsChoiceMoE(16, 4)]
+sparse = [TokensChoiceMoE(16, 4, 2, bpr=True), ExpertsChoiceMoE(16, 4), BaseMoE(16, 4)]
 soft = [kind(16, 4, 2) for kind in (IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE)]
 for layer in sparse + soft:
     layer.aux_weights = {"importance": 1.0, "gshard": 1.0}

@@ -129,7 +129,7 @@ def test_the_laion_recipes_towers_have_the_references_sizes():
     assert (built.text.pool, built.text.padding) == ("last", "attend")
 
 
-@pytest.mark.parametrize("router", ["tokens_choice", "experts_choice", "hash"])
+@pytest.mark.parametrize("router", ["tokens_choice", "experts_choice", "hash", "sinkhorn", "base"])
 def test_sparse_routers_are_refused_since_they_know_no_padding(router):
     from softmoe_clip.config import MoEConfig
     from softmoe_clip.models.text import TextTower

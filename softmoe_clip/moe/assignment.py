@@ -1,10 +1,11 @@
-"""Sparse routers that balance the experts without a loss: a fixed hash, and optimal transport."""
+"""Sparse routers that balance the experts without a loss: a fixed hash, optimal transport, linear assignment."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_clip.moe.sparse import SparseMoE, best, queue_up
+from softmoe_clip.moe.balance import balanced_experts
+from softmoe_clip.moe.sparse import SparseMoE, SparseRouting, best, queue_up
 
 HASH = 2_654_435_761  # 2**32 / golden ratio (Knuth): neighbours in a row or column of patches are torn apart
 SINKHORN_STEPS = 30
@@ -41,6 +42,26 @@ class SinkhornMoE(SparseMoE):
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
         """Let tokens queue up by the plan instead of the gates."""
         return queue_up(best(transport_plan(gates), dim=2)[..., :1], gates.shape[2], num_slots)
+
+
+class BaseMoE(SparseMoE):
+    """Tokens are shared out so that the sum of their scores is largest while experts get equally many (BASE layers).
+
+    As in arXiv 2103.16716 the weight is the sigmoid of the score; the block adds the token itself. Where the tokens of
+    a group do not divide by the experts, each expert gets one more or one less, and nothing is dropped. Evaluation
+    does the same as training, where the paper lets each token choose for itself: a decoder's tokens must not know of
+    later ones, but an image is there as a whole, and as a group of its own it never depends on its batch.
+    """
+
+    def __init__(self, width: int, num_experts: int, group_size: int = 1, hidden: int | None = None):
+        super().__init__(width, num_experts, capacity_multiple_of=1, group_size=group_size, hidden=hidden)
+
+    def route(self, tokens: Float[Tensor, "b n d"], noise: Float[Tensor, "_ _ e"] | None = None) -> SparseRouting:
+        """Assign every token, in float32 at least; scores are learnt through the weights alone, without noise."""
+        scores = self.logits(self.grouped(tokens))
+        experts = balanced_experts(scores.detach())
+        dispatch = queue_up(experts[..., None], scores.shape[2], self.num_slots(scores.shape[1]))
+        return SparseRouting(dispatch, dispatch * scores.sigmoid()[..., None], {})
 
 
 def hashed_experts(num_tokens: int, num_experts: int, device: torch.device) -> Int[Tensor, " m"]:

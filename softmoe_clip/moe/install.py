@@ -4,7 +4,7 @@ from torch import nn
 
 from softmoe_clip.config import ROUTER_SETTINGS, MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
-from softmoe_clip.moe.assignment import HashMoE, SinkhornMoE
+from softmoe_clip.moe.assignment import BaseMoE, HashMoE, SinkhornMoE
 from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
 from softmoe_clip.moe.memory import check_memory
 from softmoe_clip.moe.shared import SharedExpert
@@ -24,6 +24,7 @@ LAYERS = {
     "experts_choice": ExpertsChoiceMoE,
     "hash": HashMoE,
     "sinkhorn": SinkhornMoE,
+    "base": BaseMoE,
 }
 # The layer's names of the losses, and the settings that weigh them.
 AUX_LOSSES = {"importance": "importance_loss", "load": "load_loss", "gshard": "gshard_loss"}
