@@ -23,6 +23,7 @@ from softmoe_clip.models.create import create_model, folder_config, read_archite
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.training.freeze import freeze
+from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 
@@ -39,7 +40,10 @@ def build(config: TrainConfig) -> LoadedModel:
     model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     if config.init is not None:
         continue_from(model, config.init, tokenizer)
-    freeze(model, config.freeze)
+    if config.lora is None:
+        freeze(model, config.freeze)
+    else:
+        add_adapters(model, config.lora, config.freeze, config.seed)
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 
