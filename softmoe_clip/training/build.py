@@ -19,7 +19,7 @@ from softmoe_clip.data_pipelines.tokenizers import (
 )
 from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
-from softmoe_clip.models.create import create_model, folder_config, read_architecture
+from softmoe_clip.models.create import architecture, create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.training.freeze import freeze
@@ -29,7 +29,7 @@ from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 def build(config: TrainConfig) -> LoadedModel:
     """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights."""
-    text_cfg = read_architecture(config.model.arch)["text_cfg"]
+    text_cfg = architecture(config.model)["text_cfg"]
     tokenizer = run_tokenizer(config.tokenizer, text_cfg)
     if tokenizer.eos_id is None and text_cfg.get("softmoe_text", {}).get("padding") == "mask":
         raise ValueError(
