@@ -111,6 +111,19 @@ def weighted_sum(model):
     return (torch.cat([out["image_features"], out["text_features"]]) * weights).sum()
 
 
+@pytest.mark.parametrize("name", ["attention of torch", "attention of timm", "experts of Soft MoE"])
+def test_under_autocast_adapters_stay_in_float32_and_learn(name):
+    _, model = adapted(name)
+    draw_b(model)
+    expected = outputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(model)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
+    (found.float() * expected.detach().roll(1, dims=0)).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if ".lora_" in n}
+    assert all(gradient.dtype == torch.float32 and gradient.abs().max() > 0 for gradient in gradients.values())
+
+
 def test_peft_itself_merges_to_the_same_weights():
     _, model = adapted("attention of timm")
     draw_b(model)
