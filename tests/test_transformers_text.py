@@ -127,7 +127,9 @@ def test_the_summary_of_a_moved_folder_needs_no_transformers_folder(bert, tmp_pa
     save(loaded, tmp_path / "model")
     shutil.rmtree(copy)
     (tmp_path / "model").rename(tmp_path / "moved")
-    assert summary(str(tmp_path / "moved"))["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    found = summary(str(tmp_path / "moved"))
+    assert found["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    assert found["loads_with"] == "softmoe_clip.load"
 
 
 @pytest.fixture

@@ -72,13 +72,14 @@ def architecture(config: ModelConfig) -> dict:
     """Read the architecture of a model, its text tower replaced where `text_tower` names another one."""
     model_cfg = read_architecture(config.arch)
     if config.text_tower is not None:
-        if not (Path(config.text_tower) / "config.json").is_file():
+        folder = str(Path(config.text_tower).absolute())  # a relative path could be a name on the hub
+        if not (Path(folder) / "config.json").is_file():
             raise ValueError(
                 f"model.text_tower: {config.text_tower} is no folder of transformers': no config.json there"
             )
         model_cfg["text_cfg"] = {
-            "hf_model_name": config.text_tower,
-            "hf_tokenizer_name": config.text_tower,
+            "hf_model_name": folder,
+            "hf_tokenizer_name": folder,
             "hf_proj_type": "linear",
             "context_length": model_cfg["text_cfg"].get("context_length", 77),
         }

@@ -17,7 +17,7 @@ FLOAT32 = 4  # bytes
 LOADS_WITH = {
     "open_clip": "open_clip",
     "softmoe_clip.plugin": "open_clip, after `import softmoe_clip.plugin`",
-    "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower",
+    "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower, or a text tower from a folder",
 }
 COUNTED = """\
 On an expert's path: all that one token's way through the tower uses, with one expert per MoE layer (the K of a top-K
@@ -98,7 +98,8 @@ def loads_with(written: dict) -> str:
     """Say what it takes to load such a model: one of LOADS_WITH."""
     from softmoe_clip.plugin import TIMM_NAMES
 
-    if written.get("softmoe"):
+    # open_clip looks for the text tower where it came from, and not in the model folder.
+    if written.get("softmoe") or Path(written["model_cfg"]["text_cfg"].get("hf_model_name") or "").is_absolute():
         return "softmoe_clip.load"
     ours = written["model_cfg"]["vision_cfg"].get("timm_model_name") in TIMM_NAMES
     return "softmoe_clip.plugin" if ours else "open_clip"
