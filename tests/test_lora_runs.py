@@ -75,12 +75,19 @@ def test_the_base_weights_of_a_run_keep_every_bit(tiny_config, tmp_path):
     assert changed <= {"logit_scale", "logit_bias", "visual.proj", "text.text_projection"}
 
 
-def test_a_run_in_bfloat16_trains_and_writes_float32(tiny_config):
+@pytest.fixture
+def another_precision():
+    """Accelerate keeps one precision in a process; let it forget that before and after."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    checkpoint = train(tiny_config(IMAGE, "precision=bf16", "steps=3")) / "checkpoints/step_00000003/model.safetensors"
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
+def test_a_run_in_bfloat16_trains_and_writes_float32(tiny_config):
+    checkpoint = train(tiny_config(IMAGE, "precision=bf16", "steps=3")) / "checkpoints/step_00000003/model.safetensors"
     weights = load_file(checkpoint)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if ".lora_B." in name)
