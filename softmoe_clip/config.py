@@ -1,6 +1,7 @@
 """What a model and a training run are made of: frozen dataclasses, torch-free, filled from YAML and `a.b=value`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +106,8 @@ class ModelConfig:
     arch: str
     image_moe: MoEConfig | None = None
     text_moe: MoEConfig | None = None  # for a bidirectional text tower: ours (`softmoe_text` in text_cfg), or SigLIP's
+    # a folder of transformers' whose pretrained encoder takes the place of the text tower in `arch`, with its tokenizer
+    text_tower: str | None = None
     start: Literal["reference", "quick"] = "reference"  # quick: for runs of minutes, see models/starts.py
     init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
     init_logit_bias: float | None = None
@@ -130,6 +133,37 @@ class OptimConfig:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
         if min(self.warmup, self.cooldown) < 0 or self.timescale < 1:
             raise ValueError(f"optim.warmup and optim.cooldown count steps from 0, timescale from 1, got {self}")
+
+
+# What is trained beside adapters: logit scale and bias, and the projections, by whatever name a tower gives its own.
+SCALES_AND_PROJECTIONS = r"^logit_|^visual[.](head|proj)|^(text[.])?(head|proj|text_projection)"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: each weight W that is named becomes W + alpha / rank * B A, and only B and A are trained.
+
+    `targets` are regular expressions for whole names: of linear layers, of the input projection of an attention, of
+    experts, or of the modules that hold these two. `also_train` is searched in the names of parameters, which are
+    trained as a whole, unless they have an adapter or `freeze` finds them; all else stays as it is.
+    """
+
+    targets: tuple[str, ...]
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # of what goes into the adapters of linear layers
+    also_train: tuple[str, ...] = (SCALES_AND_PROJECTIONS,)
+
+    def __post_init__(self):
+        if not self.targets:
+            raise ValueError("lora.targets is empty: name what gets adapters, or leave lora out")
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                "lora.rank counts from 1, alpha is above 0, dropout is 0 or more and below 1, "
+                f"got {self.rank}, {self.alpha} and {self.dropout}"
+            )
+        check_expressions("lora.targets", self.targets)
+        check_expressions("lora.also_train", self.also_train)
 
 
 @dataclass(frozen=True)
@@ -160,6 +194,7 @@ class TrainConfig:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     init: str | None = None  # a model to start from: a run, a model folder, or one of open_clip's
     freeze: tuple[str, ...] = ()  # regular expressions; what they find in the parameters' names is not trained
+    lora: LoraConfig | None = None  # low-rank adapters; a parameter that is not named there is then not trained either
     log_every: int = 10
     checkpoint_every: int = 200
     keep_last: int = 2
@@ -177,6 +212,7 @@ class TrainConfig:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
+        check_expressions("freeze", self.freeze)
 
     @property
     def last_step(self) -> int:
@@ -195,6 +231,15 @@ MAY_CHANGE_AT_RESUME = (
     "eval",
     "data.num_workers",
 )
+
+
+def check_expressions(setting: str, patterns: Sequence[str]) -> None:
+    """Refuse what is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{setting}: {pattern!r} is no regular expression ({error})") from None
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

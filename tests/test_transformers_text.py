@@ -8,13 +8,17 @@ import open_clip
 import pytest
 import torch
 from open_clip.hf_model import HFTextEncoder
+from safetensors.torch import load_file
 from tiny_bert import VOCABULARY, write_bert
 
-from softmoe_clip.config import ModelConfig, MoEConfig
+from softmoe_clip.config import ModelConfig, MoEConfig, TrainConfig
+from softmoe_clip.data_pipelines.strict import load_strict
 from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.models.summary import summary
 from softmoe_clip.training import build
+from softmoe_clip.training.loop import train
 
 CAPTIONS = ["a red dog", "the blue house, photo of cats", ""]
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
@@ -94,9 +98,6 @@ def test_a_folder_that_open_clip_users_made_keeps_its_tokenizer_when_saved(bert,
 
 
 def test_a_run_takes_the_tokenizer_that_the_architecture_names(bert, tmp_path, tiny_settings):
-    from softmoe_clip.config import TrainConfig
-    from softmoe_clip.data_pipelines.strict import load_strict
-
     settings = {**tiny_settings, "model": {"arch": architecture(bert, tmp_path)}, "tokenizer": "open_clip"}
     loaded = build.build(load_strict(TrainConfig, {**settings, "out": str(tmp_path / "run")}, ()))
     assert isinstance(loaded.tokenizer, TransformersTokenizer)
@@ -109,6 +110,7 @@ def test_a_run_takes_the_tokenizer_that_the_architecture_names(bert, tmp_path, t
     [
         ({"vocab_size": 99}, r"text_cfg.vocab_size \(the tokenizer's\) is 99, but .*bert has 17"),
         ({"context_length": 77}, r"text_cfg.context_length \(the tokenizer's\) is 77, but .*bert has 32"),
+        ({"hf_proj_type": None}, "hf_proj_type is None, but what .*bert gives must be projected to embed_dim 12"),
         ({"hf_model_name": "/no/such/folder"}, "describes no model that can be built: .*/no/such/folder"),
     ],
 )
@@ -116,6 +118,57 @@ def test_what_does_not_fit_is_one_sentence(bert, tmp_path, text_cfg, message):
     with pytest.raises(ValueError, match=message) as error:
         create_model(ModelConfig(architecture(bert, tmp_path, **text_cfg)))
     assert "\n" not in str(error.value)
+
+
+def test_the_summary_of_a_moved_folder_needs_no_transformers_folder(bert, tmp_path):
+    copy = tmp_path / "bert"
+    shutil.copytree(bert, copy)
+    loaded = new_model(copy, tmp_path)
+    save(loaded, tmp_path / "model")
+    shutil.rmtree(copy)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    found = summary(str(tmp_path / "moved"))
+    assert found["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+    assert found["loads_with"] == "softmoe_clip.load"
+
+
+@pytest.fixture
+def lit_settings(bert, tmp_path, tiny_settings):
+    """A tiny run whose text tower is a copy of the folder of transformers', which stays as it is."""
+    shutil.copytree(bert, tmp_path / "bert")
+    model = {**tiny_settings["model"], "text_tower": str(tmp_path / "bert")}
+    return {**tiny_settings, "model": model, "tokenizer": "open_clip", "freeze": ["^text[.]transformer"]}
+
+
+def test_a_run_keeps_a_frozen_text_tower_and_its_folder_goes_anywhere(bert, lit_settings, tmp_path):
+    run = train(load_strict(TrainConfig, {**lit_settings, "out": str(tmp_path / "run")}, ()))
+    shutil.rmtree(tmp_path / "bert")
+    (run / "model").rename(tmp_path / "moved")
+    loaded, theirs = load(tmp_path / "moved"), load_file(bert / "model.safetensors")
+    inner = loaded.model.text.transformer.state_dict()
+    assert inner
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in inner.items())
+    assert loaded.tokenizer.vocab_size == len(VOCABULARY)
+    assert loaded.tokenizer.context_length == 12  # the architecture's
+    trained = (run / "trained_parameters.txt").read_text().split()
+    assert [name for name in trained if name.startswith("text")] == ["text.proj.weight"]
+
+
+def test_adapters_go_into_a_transformers_tower(lit_settings, bert, tmp_path):
+    lora = {"targets": ["text[.].*attention.*(query|value)"], "rank": 2}
+    run = train(load_strict(TrainConfig, {**lit_settings, "out": str(tmp_path / "run"), "lora": lora}, ()))
+    theirs = load_file(bert / "model.safetensors")
+    changed = {
+        name for name, t in load(run).model.text.transformer.state_dict().items() if not torch.equal(t, theirs[name])
+    }
+    assert {name.split(".")[-2] for name in changed} == {"query", "value"}
+
+
+def test_a_text_tower_that_is_not_there_is_one_sentence_at_once(lit_settings, tmp_path):
+    lit_settings["model"]["text_tower"] = "no/such/folder"
+    with pytest.raises(ValueError, match="text_tower: no/such/folder is no folder of transformers'"):
+        train(load_strict(TrainConfig, {**lit_settings, "out": str(tmp_path / "run")}, ()))
+    assert not (tmp_path / "run").exists()
 
 
 def test_soft_moe_does_not_go_into_a_transformers_tower(bert, tmp_path):

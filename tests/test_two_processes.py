@@ -110,6 +110,17 @@ def test_a_run_begun_by_two_processes_is_ended_by_one_and_the_other_way_round(fi
         assert_same_run(run, one)
 
 
+def test_two_processes_train_the_adapters_that_one_trains(finish, tmp_path, scenes):
+    targets = "lora.targets=['visual[.].*[.](attn|experts|c_fc)','text[.].*[.]attn']"
+    settings = (f"data.val={scenes}/val", "eval.every=3", "steps=6", targets, "optim.lr=0.01")
+    one, two = finish(tmp_path / "one", 1, *settings), finish(tmp_path / "two", 2, *settings)
+    assert_same_run(two, one)
+    checkpoints = [load_file(run / "checkpoints/step_00000006/model.safetensors") for run in (one, two)]
+    for name, tensor in checkpoints[0].items():
+        torch.testing.assert_close(checkpoints[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert sum(".lora_B." in name for name in checkpoints[0]) == 6
+
+
 def ranks(launcher):
     """The processes that the launcher started, by rank."""
     found = {}

@@ -53,7 +53,7 @@ def folder_config(
     `vocab_size`, `context_length` and `eos_id` are the tokenizer's and win over those of the architecture; only our
     text tower is told of the end token.
     """
-    model_cfg = read_architecture(config.arch)
+    model_cfg = architecture(config)
     from_tokenizer = {"vocab_size": vocab_size, "context_length": context_length}
     if OUR_TEXT in model_cfg["text_cfg"]:
         from_tokenizer["eos_id"] = eos_id
@@ -66,6 +66,24 @@ def folder_config(
             layers = moe.layers if isinstance(moe.layers, str) else list(moe.layers)
             written.setdefault("softmoe", {})[tower] = asdict(moe) | {"layers": layers}
     return written
+
+
+def architecture(config: ModelConfig) -> dict:
+    """Read the architecture of a model, its text tower replaced where `text_tower` names another one."""
+    model_cfg = read_architecture(config.arch)
+    if config.text_tower is not None:
+        folder = str(Path(config.text_tower).absolute())  # a relative path could be a name on the hub
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"model.text_tower: {config.text_tower} is no folder of transformers': no config.json there"
+            )
+        model_cfg["text_cfg"] = {
+            "hf_model_name": folder,
+            "hf_tokenizer_name": folder,
+            "hf_proj_type": "linear",
+            "context_length": model_cfg["text_cfg"].get("context_length", 77),
+        }
+    return model_cfg
 
 
 def read_architecture(arch: str) -> dict:
@@ -154,7 +172,12 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
 
 
 def check_transformers_sizes(tower: nn.Module, text_cfg: dict, source: str) -> None:
-    """Refuse a tokenizer with more ids, or longer rows, than the embeddings of a transformers tower have."""
+    """Refuse more ids, or longer rows, than a transformers tower embeds, and a projection that is missing."""
+    if not hasattr(tower, "proj"):  # open_clip leaves it out, and fails when the first caption comes
+        raise ValueError(
+            f"{source}: text_cfg.hf_proj_type is {text_cfg.get('hf_proj_type')}, but what "
+            f"{text_cfg['hf_model_name']} gives must be projected to embed_dim {tower.output_dim}: set it to linear"
+        )
     for name in ("vocab_size", "context_length"):
         wanted, there = text_cfg.get(name, 0), getattr(tower, name)
         if there and wanted > there:

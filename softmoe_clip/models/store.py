@@ -197,16 +197,18 @@ def transform_of(model: nn.Module) -> Callable:
     return eval_transform(model.visual.preprocess_cfg)
 
 
-def save(loaded: LoadedModel, folder: str | Path) -> None:
+def save(loaded: LoadedModel, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a model folder in open_clip's format: config, weights, tokenizer. An older model there is replaced at once.
 
+    `weights` take the place of the model's own, where training has given these other names.
     Raises ValueError for a folder that holds something else, OSError for a full disk; either way nothing changes.
     """
     if loaded.config is None:
         raise ValueError(
             f"a foreign model has no config to write into {folder}: save one that `create_model` or a folder gave"
         )
-    weights = {name: tensor.detach().cpu() for name, tensor in loaded.model.state_dict().items()}
+    weights = loaded.model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     with replaced_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights, partial / WEIGHTS_FILE)

@@ -17,7 +17,7 @@ FLOAT32 = 4  # bytes
 LOADS_WITH = {
     "open_clip": "open_clip",
     "softmoe_clip.plugin": "open_clip, after `import softmoe_clip.plugin`",
-    "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower",
+    "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower, or a text tower from a folder",
 }
 COUNTED = """\
 On an expert's path: all that one token's way through the tower uses, with one expert per MoE layer (the K of a top-K
@@ -33,8 +33,8 @@ def summary(name: str) -> dict:
     in bytes; `loads_with` is `open_clip`, `softmoe_clip.plugin` (open_clip after that import) or `softmoe_clip.load`.
     Raises ValueError for a name or file that describes no model.
     """
-    written = described(name)
-    counted = without_downloads(written)
+    folder, written = described(name)
+    counted = without_downloads(written, folder)
     counted["model_cfg"]["custom_text"] = True  # the same text tower, as a module of its own
     with torch.device("meta"):
         model = build(counted, source=name).eval()
@@ -49,19 +49,19 @@ def summary(name: str) -> dict:
     }
 
 
-def described(name: str) -> dict:
-    """Return what the `open_clip_config.json` of a model holds, or would hold."""
+def described(name: str) -> tuple[Path | None, dict]:
+    """Return the folder of a model, where it has one, and what its `open_clip_config.json` holds, or would hold."""
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
-        return read_folder(folder)[1]
+        return read_folder(folder)
     if ":" in name and not name.startswith("hf-hub:"):
         import open_clip
 
         name, tag = name.rsplit(":", 1)
         written = folder_config(ModelConfig(name))
         check_known(f"tag of {name}", tag, open_clip.list_pretrained_tags_by_model(name))
-        return written
-    return folder_config(ModelConfig(name))
+        return None, written
+    return None, folder_config(ModelConfig(name))
 
 
 def tower_summary(tower: nn.Module, cost: Complexity) -> dict:
@@ -98,7 +98,8 @@ def loads_with(written: dict) -> str:
     """Say what it takes to load such a model: one of LOADS_WITH."""
     from softmoe_clip.plugin import TIMM_NAMES
 
-    if written.get("softmoe"):
+    # open_clip looks for the text tower where it came from, and not in the model folder.
+    if written.get("softmoe") or Path(written["model_cfg"]["text_cfg"].get("hf_model_name") or "").is_absolute():
         return "softmoe_clip.load"
     ours = written["model_cfg"]["vision_cfg"].get("timm_model_name") in TIMM_NAMES
     return "softmoe_clip.plugin" if ours else "open_clip"

@@ -23,7 +23,7 @@ class HashMoE(SparseMoE):
 
     def logits(self, tokens: Float[Tensor, "g m d"]) -> Float[Tensor, "g m e"]:
         """Give the softmax no choice: 0 for the position's expert, minus infinity for the others."""
-        e, device = self.experts.w_in.shape[0], tokens.device
+        e, device = self.num_experts, tokens.device
         own = hashed_experts(tokens.shape[1], e, device)[:, None] == torch.arange(e, device=device)
         scores = torch.zeros(own.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=device)
         return scores.masked_fill(~own, -torch.inf).expand(len(tokens), -1, -1)

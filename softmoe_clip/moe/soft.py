@@ -77,7 +77,7 @@ class SoftMoE(nn.Module):
     @property
     def c_fc(self) -> "WithWeight":
         """Stand in for the first linear layer: open_clip reads a tower's dtype from `mlp.c_fc.weight` of block 0."""
-        return WithWeight(self.experts.w_in)
+        return WithWeight(next(self.experts.parameters()))
 
     def extra_repr(self) -> str:
         d, e, s = self.slot_embed.shape

@@ -47,6 +47,7 @@ class SparseMoE(nn.Module):
         self.noise_std, self.group_size = noise_std, group_size
         self.aux_weights: dict[str, float] = {}
         self.gate = nn.Parameter(lecun_normal(width, num_experts))
+        self.num_experts = num_experts
         self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden)
 
     def route(self, tokens: Float[Tensor, "b n d"], noise: Float[Tensor, "_ _ e"] | None = None) -> SparseRouting:
@@ -98,7 +99,7 @@ class SparseMoE(nn.Module):
 
     def num_slots(self, num_tokens: int) -> int:
         """Count the slots of one expert in a whole group of so many tokens; ValueError where there would be none."""
-        return slots_per_group(num_tokens * self.top_k, len(self.experts.w_in), *self.capacity)
+        return slots_per_group(num_tokens * self.top_k, self.num_experts, *self.capacity)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Copy tokens into slots, run the experts, add the weighted results up where the tokens came from."""
@@ -121,12 +122,12 @@ class SparseMoE(nn.Module):
     @property
     def c_fc(self) -> "WithWeight":
         """Stand in for the first linear layer: open_clip reads a tower's dtype from `mlp.c_fc.weight` of block 0."""
-        return WithWeight(self.experts.w_in)
+        return WithWeight(next(self.experts.parameters()))
 
     def extra_repr(self) -> str:
         factor, rounding, multiple_of = self.capacity
         return (
-            f"width={self.experts.w_in.shape[1]}, num_experts={len(self.experts.w_in)}, top_k={self.top_k}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, "
             f"capacity={rounding}({factor}) of {multiple_of}, noise_std={self.noise_std}, group_size={self.group_size}"
         )
 

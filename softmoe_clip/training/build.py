@@ -19,16 +19,17 @@ from softmoe_clip.data_pipelines.tokenizers import (
 )
 from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
-from softmoe_clip.models.create import create_model, folder_config, read_architecture
+from softmoe_clip.models.create import architecture, create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.training.freeze import freeze
+from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 
 def build(config: TrainConfig) -> LoadedModel:
     """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights."""
-    text_cfg = read_architecture(config.model.arch)["text_cfg"]
+    text_cfg = architecture(config.model)["text_cfg"]
     tokenizer = run_tokenizer(config.tokenizer, text_cfg)
     if tokenizer.eos_id is None and text_cfg.get("softmoe_text", {}).get("padding") == "mask":
         raise ValueError(
@@ -39,7 +40,10 @@ def build(config: TrainConfig) -> LoadedModel:
     model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     if config.init is not None:
         continue_from(model, config.init, tokenizer)
-    freeze(model, config.freeze)
+    if config.lora is None:
+        freeze(model, config.freeze)
+    else:
+        add_adapters(model, config.lora, config.freeze, config.seed)
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 

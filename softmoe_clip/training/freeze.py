@@ -11,15 +11,25 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
     Raises ValueError for an expression that is found nowhere, or when nothing but logit scale and bias is left.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"freeze: {pattern!r} is found in no parameter name; one of them is {names[-1]}")
-    for name, parameter in model.named_parameters():
-        if any(re.search(pattern, name) for pattern in patterns):
-            parameter.requires_grad_(False)
+    for parameter in found(model, patterns, "freeze").values():
+        parameter.requires_grad_(False)
     if not set(trained_names(model)) - {"logit_scale", "logit_bias"}:
         raise ValueError(f"freeze: {list(patterns)} leave nothing to train")
+
+
+def found(model: nn.Module, patterns: Sequence[str], setting: str) -> dict[str, nn.Parameter]:
+    """Return the parameters in whose names one of the expressions is found; ValueError for one found nowhere."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in parameters):
+            raise ValueError(
+                f"{setting}: {pattern!r} is found in no parameter name; one of them is {[*parameters][-1]}"
+            )
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if any(re.search(pattern, name) for pattern in patterns)
+    }
 
 
 def trained_names(model: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
+from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> Path:
         cut_back_ledger(ledger, done.step)
         num_replaced = len(read_ledger(ledger))
         say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
-        if config.freeze:
+        if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
         if done.step:
             say(f"going on after step {done.step} of {config.last_step}")
@@ -77,7 +78,9 @@ def train(config: TrainConfig) -> Path:
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
         if is_main:
-            save(loaded, run / "model")  # before the checkpoint: a finished run, told by its last one, has its model
+            save(
+                loaded, run / "model", merged_weights(towers)
+            )  # before the checkpoint: a finished run, told by its last one, has its model
             save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
         accelerator.wait_for_everyone()
 

@@ -13,7 +13,8 @@ from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.freeze import train_mode
+from softmoe_clip.training.freeze import in_words, train_mode
+from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.optim import adamw, schedule
 
@@ -30,8 +31,9 @@ def print_plan(config: TrainConfig) -> None:
     schedule(config.optim, config.last_step)  # refuses here what training would refuse
     loaded = build(config)
     model = loaded.model
-    image = image_complexity(model.visual, loaded.image_size)
-    text = text_complexity(model.text, loaded.tokenizer.context_length)
+    with without_adapters(model):  # peft's layers cannot be counted on the meta device, and are small
+        image = image_complexity(model.visual, loaded.image_size)
+        text = text_complexity(model.text, loaded.tokenizer.context_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     picture = run_picture(config, loaded, shards)
     seconds, memory = timed_steps(config, loaded, shards, picture, device)
@@ -42,6 +44,8 @@ def print_plan(config: TrainConfig) -> None:
     table.add_row("image tower, parameters", f"{image.num_parameters:,}")
     table.add_row("text tower, parameters", f"{text.num_parameters:,}")
     table.add_row("all, trained", f"{num_parameters(model):,}, {trained:,}")
+    if config.freeze or config.lora is not None:
+        table.add_row("trained", in_words(model).replace(", ", "\n"))
     table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
     table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
