@@ -78,9 +78,8 @@ def train(config: TrainConfig) -> Path:
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
         if is_main:
-            save(
-                loaded, run / "model", merged_weights(towers)
-            )  # before the checkpoint: a finished run, told by its last one, has its model
+            # Before the checkpoint: a finished run, told by its last one, has its model.
+            save(loaded, run / "model", merged_weights(towers))
             save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
         accelerator.wait_for_everyone()
 
