@@ -210,12 +210,17 @@ def save(loaded: LoadedModel, folder: str | Path) -> None:
     with replaced_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights, partial / WEIGHTS_FILE)
-        if hasattr(loaded.tokenizer, "save"):
-            loaded.tokenizer.save(partial)
-        elif hasattr(loaded.tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
-            loaded.tokenizer.save_pretrained(partial)
+        save_tokenizer(loaded.tokenizer, partial)
         if "hf_model_name" in loaded.config["model_cfg"]["text_cfg"]:
             loaded.model.text.config.save_pretrained(partial)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of ours, or one of open_clip's (CLIP's own vocabulary is part of open_clip)."""
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(folder)
+    elif hasattr(tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
+        tokenizer.save_pretrained(folder)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

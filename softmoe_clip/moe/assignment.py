@@ -26,7 +26,7 @@ class HashMoE(TokensChoiceMoE):
         e, device = self.experts.w_in.shape[0], tokens.device
         own = hashed_experts(tokens.shape[1], e, device)[:, None] == torch.arange(e, device=device)
         scores = torch.zeros(own.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=device)
-        return scores.masked_fill(~own, -torch.inf).expand(len(tokens), -1, -1)
+        return scores.masked_fill(~own, -torch.inf).expand(tokens.shape[0], -1, -1)
 
     def aux_losses(
         self, logits: Float[Tensor, "g m e"], noisy: Float[Tensor, "g m e"]
