@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_bert import write_bert
+from tiny_bert import write_bert, write_tokenizer
 
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import (
@@ -89,6 +89,23 @@ def test_preprocessing_is_never_guessed(tmp_path, tokenizer, monkeypatch, name):
     with pytest.raises(ValueError, match=rf"how it sees pictures \({name}\)"):
         export_onnx("model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_of_open_clips_own_models_are_written_too(tmp_path):
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    clips = SimpleTokenizer(context_length=12)
+    module.write_tokenizer(clips, tmp_path / "clip")
+    assert torch.equal(load_tokenizer(tmp_path / "clip")(CAPTIONS), clips(CAPTIONS))
+
+    write_tokenizer(tmp_path / "bert")
+    berts = HFTokenizer(str(tmp_path / "bert"), 12, clean="canonicalize")
+    module.write_tokenizer(berts, tmp_path / "written")
+    again = load_tokenizer(tmp_path / "written", context_length=12)
+    assert torch.equal(again(CAPTIONS), berts(CAPTIONS))
+    # What the files cannot say, and SigLIP needs, is told beside them.
+    assert not torch.equal(again(["a red, dog"]), berts(["a red, dog"]))
+    assert module.cleaning_of(berts) == "canonicalize"
 
 
 DEMO = {"image_size": 64, "timm_model_name": "softmoe_vit_demo_patch8_64", "timm_pool": "avg", "timm_proj": ""}

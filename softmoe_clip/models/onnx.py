@@ -113,8 +113,11 @@ def settings_of(loaded: LoadedModel) -> dict:
 
 def cleaning_of(tokenizer: Any) -> str | None:
     """Name what open_clip's tokenizers do to a caption first; None for a tokenizer that is whole without it."""
-    clean = getattr(getattr(tokenizer, "tokenizer", tokenizer), "clean_fn", None)
-    return None if clean is None else clean.__name__.removeprefix("_clean_")
+    # Ours hold the tokenizer of open_clip; that one may hold another, of transformers.
+    cleaning = next(
+        (t.clean_fn for t in (tokenizer, getattr(tokenizer, "tokenizer", None)) if hasattr(t, "clean_fn")), None
+    )
+    return None if cleaning is None else cleaning.__name__.removeprefix("_clean_")
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
