@@ -23,6 +23,7 @@ VERBS = (
     models.summary,
     models.upcycle,
     models.soup,
+    models.export_onnx,
 )
 
 app = typer.Typer(

@@ -24,6 +24,7 @@ VERBS = (
     "summary",
     "upcycle",
     "soup",
+    "export-onnx",
 )
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
 

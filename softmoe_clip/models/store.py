@@ -17,6 +17,7 @@ from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.create import build, read_json
+from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -56,6 +57,8 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = Non
     restore_previous(folder)
     if name.startswith("local-dir:") or folder.exists():
         loaded = load_folder(folder)
+    elif name.startswith("hf-hub:"):
+        loaded = load_hub(name)
     elif ":" in name:
         loaded = load_open_clip(name)
     else:
@@ -89,6 +92,13 @@ def load_folder(folder: Path) -> LoadedModel:
     model = build(without_downloads(written, folder), source=str(folder / CONFIG_FILE))
     load_weights(model, folder)
     return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+
+
+def load_hub(name: str) -> LoadedModel:
+    """Load a model folder from the hub: ours as a folder, any other through open_clip."""
+    repo = name.removeprefix("hf-hub:")
+    folder, written = read_folder(fetch(repo, DESCRIPTION))
+    return load_folder(fetch(repo, WHOLE)) if is_ours(folder, written) else load_open_clip(name)
 
 
 def read_folder(folder: Path) -> tuple[Path, dict]:
@@ -212,12 +222,17 @@ def save(loaded: LoadedModel, folder: str | Path, weights: dict[str, torch.Tenso
     with replaced_folder(Path(folder)) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights, partial / WEIGHTS_FILE)
-        if hasattr(loaded.tokenizer, "save"):
-            loaded.tokenizer.save(partial)
-        elif hasattr(loaded.tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
-            loaded.tokenizer.save_pretrained(partial)
+        save_tokenizer(loaded.tokenizer, partial)
         if "hf_model_name" in loaded.config["model_cfg"]["text_cfg"]:
             loaded.model.text.config.save_pretrained(partial)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of ours, or one of open_clip's (CLIP's own vocabulary is part of open_clip)."""
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(folder)
+    elif hasattr(tokenizer, "save_pretrained"):  # open_clip's own wrapper of transformers' tokenizers
+        tokenizer.save_pretrained(folder)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -26,7 +26,7 @@ class HashMoE(SparseMoE):
         e, device = self.num_experts, tokens.device
         own = hashed_experts(tokens.shape[1], e, device)[:, None] == torch.arange(e, device=device)
         scores = torch.zeros(own.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=device)
-        return scores.masked_fill(~own, -torch.inf).expand(len(tokens), -1, -1)
+        return scores.masked_fill(~own, -torch.inf).expand(tokens.shape[0], -1, -1)
 
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:
         """Let each token queue up at the one expert that it may go to."""

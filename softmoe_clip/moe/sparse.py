@@ -1,6 +1,5 @@
 """What the sparse routers share: a gate, routing groups, slots of a limited number, tokens moved by index."""
 
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -64,7 +63,7 @@ class SparseMoE(nn.Module):
             noisy = logits + noise.to(logits).reshape(logits.shape) * (self.noise_std / logits.shape[2])
         gates = noisy.softmax(dim=2)
         # A smaller group, which only evaluation meets, gets its share of the slots, rounded up.
-        num_images = len(tokens) // len(logits)
+        num_images = self.images_per_group(tokens)
         num_slots = -(-self.num_slots(self.group_size * tokens.shape[1]) * num_images // self.group_size)
         dispatch = self.choose(gates.detach(), num_slots)
         return SparseRouting(dispatch, dispatch * gates[..., None], self.aux_losses(logits, noisy))
@@ -86,10 +85,18 @@ class SparseMoE(nn.Module):
         that hold a divisor of `group_size`; in training that raises ValueError.
         """
         b, n, d = tokens.shape
-        size = gcd(b, self.group_size)
+        size = self.images_per_group(tokens)
         if self.training and size != self.group_size:
             raise ValueError(f"a batch of {b} images does not divide into routing groups of {self.group_size}")
         return tokens.reshape(b // size, size * n, d)
+
+    def images_per_group(self, tokens: Float[Tensor, "b n d"]) -> int:
+        """Return `group_size`, or the largest divisor of it that cuts a batch into equal groups."""
+        # math.gcd would break a compiled graph, and fix the batch of an exported one.
+        for size in range(self.group_size, 1, -1):
+            if self.group_size % size == 0 and tokens.shape[0] % size == 0:
+                return size
+        return 1
 
     def logits(self, tokens: Float[Tensor, "g m d"]) -> Float[Tensor, "g m e"]:
         """Score every token for every expert."""

@@ -56,3 +56,17 @@ def soup(
         print(soup(models, out, numbers(weights)))
     else:
         print(" ".join(greedy_soup_by_suite(models, out, suite, metric)))
+
+
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="a run, a model folder, or what open_clip takes")],
+    out: Path,
+):
+    """Write both towers as ONNX files, with tokenizer and preprocessing, and check them in onnxruntime.
+
+    Example: softmoe-clip export-onnx runs/demo onnx
+    """
+    from softmoe_clip.models.onnx import export_onnx
+
+    image, text = export_onnx(model, out)
+    print(f"{out}: onnxruntime and torch differ by at most {image:.1e} (image), {text:.1e} (text)")
