@@ -62,7 +62,7 @@ def pack(
     refuse_existing(out)
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
-    splits = _divide(read_source(source), source, split, holdout)
+    splits = _divide(read_source(source).items, source, split, holdout)
     report = PackReport(str(out))
     with progress("packing", sum(map(len, splits.values())), "pictures") as advance:
         if split is not None:
