@@ -22,7 +22,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     partial.mkdir(exist_ok=True)
-    lock = _lock(partial, out)
+    lock = lock_folder(partial, out)
     try:
         _clear(partial)
         yield partial
@@ -62,7 +62,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _lock(partial: Path, out: Path) -> int:
+def lock_folder(partial: Path, out: Path) -> int:
     """The lock dies with its process, so that a folder left by a killed one is told from one in use."""
     import fcntl
 

@@ -1,18 +1,18 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_clip.data_pipelines import pack as module
-from softmoe_clip.data_pipelines.pack import ShardWriter, pack
+from softmoe_clip.data_pipelines import pack_shard
+from softmoe_clip.data_pipelines.pack import pack
+from softmoe_clip.data_pipelines.shard_files import ShardFiles
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 
@@ -216,34 +216,11 @@ def test_an_error_between_two_samples_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return add(self, *arguments, **options)
 
-    add = ShardWriter.add
-    monkeypatch.setattr(ShardWriter, "add", interrupted)
+    add = ShardFiles.add
+    monkeypatch.setattr(ShardFiles, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_pack_leaves_no_out_and_can_be_started_again(tmp_path, number):
-    source = make_source(tmp_path / "source", 3000)
-    code = (
-        "import sys; from softmoe_clip.data_pipelines.pack import pack; pack(sys.argv[1], sys.argv[2], shard_size=100)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, source, tmp_path / "out"], stderr=subprocess.DEVNULL)
-    while (
-        len(list(Path(tmp_path).glob(".out.partial/train/*.tar"))) + len(list(tmp_path.glob(".out.partial/.train*/*")))
-        < 3
-    ):
-        time.sleep(0.002)
-        assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait() != 0
-    assert not (tmp_path / "out").exists()
-    if number == signal.SIGINT:
-        assert os.listdir(tmp_path) == ["source"]
-    assert sum(pack(source, tmp_path / "out").counts.values()) == 3000
-    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
 def test_labels_become_cls_and_reserved_fields_are_ours(tmp_path):
@@ -259,7 +236,7 @@ def test_labels_become_cls_and_reserved_fields_are_ours(tmp_path):
 
 def test_a_file_that_is_too_large_is_skipped_before_it_is_read(tmp_path, monkeypatch):
     source = make_source(tmp_path / "source", 4)
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(pack_shard, "MAX_FILE_BYTES", 1000)
     with open(source / "2.png", "r+b") as file:
         file.truncate(5000)
     report = pack(source, tmp_path / "out", split="train")

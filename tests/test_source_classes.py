@@ -160,7 +160,7 @@ def test_shards_of_img2dataset_and_of_clip_benchmark_are_sources_too(tmp_path):
     assert (item.name, item.captions, item.extra, item.read()) == (
         "000000003",
         ("a dog",),
-        {"url": "http://x", "exif": "{}"},
+        {"url": "http://x"},
         data,
     )
     write(tmp_path / "wds" / "test" / "0.tar", {"s0.webp": data, "s0.cls": b"1", "s1.cls": b"0"})

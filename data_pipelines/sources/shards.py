@@ -11,7 +11,12 @@ from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 # What `pack` writes anew, and what describes the encoding before.
-RESERVED = frozenset(("caption", "captions", "key", "status", "error_message", "width", "height", "sha256", "shard_id"))
+RESERVED = frozenset(
+    (
+        *("caption", "captions", "key", "status", "error_message", "shard_id"),
+        *("width", "height", "original_width", "original_height", "exif", "sha256"),
+    )
+)
 TEXTS = ("txt", "json", "cls")
 
 

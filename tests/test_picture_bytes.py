@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_pack import encoded, noise
 
-from softmoe_clip.data_pipelines.pack import for_shard
+from softmoe_clip.data_pipelines.picture_bytes import for_shard
 
 
 def exif(orientation):
