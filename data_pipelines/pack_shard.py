@@ -57,7 +57,7 @@ def write_shard(job: Job, num_threads: int, advance: Callable[[int], None]) -> D
             if isinstance(picture, str):
                 skipped.append({"name": item.name, "split": job.split, "reason": picture})
                 caption = item.captions[0] if item.captions else ""
-                shard.leave_out(key, picture, {"url": item.name, **item.extra, "caption": caption})
+                shard.leave_out(key, picture, {"url": item.extra.get("url", item.name), "caption": caption})
             else:
                 shard.add(key, *sample(job, key, item, picture))
             advance(1)

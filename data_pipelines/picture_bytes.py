@@ -49,7 +49,7 @@ class Encoding:
 
 
 class Picture(NamedTuple):
-    """A picture as it goes into a shard, and how large it was, upright, before; exif and sha256 are those from before."""
+    """A picture as it goes into a shard, and how large it was, upright, before; EXIF and sha256 of its bytes before."""
 
     data: bytes
     extension: str
