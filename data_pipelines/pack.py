@@ -66,7 +66,7 @@ def pack(
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
     if layout not in LAYOUTS:
-        raise ValueError(f"the layout is {layout!r}: choose img2dataset or benchmark")
+        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"workers is {num_workers}: give at least 1")
     found = read_source(source, image_column, caption_columns, root, prompts)
