@@ -24,7 +24,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     partial.mkdir(exist_ok=True)
     lock = lock_folder(partial, out)
     try:
-        _clear(partial)
+        clear(partial)
         yield partial
         sync(partial)
         refuse_existing(out)
@@ -80,7 +80,8 @@ def lock_folder(partial: Path, out: Path) -> int:
     return descriptor
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

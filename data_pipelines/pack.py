@@ -5,10 +5,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import PIL
 
-from softmoe_clip.data_pipelines.new_folder import refuse_existing
+from softmoe_clip.data_pipelines.new_folder import clear, refuse_existing
 from softmoe_clip.data_pipelines.pack_partial import (
     NUM_ITEMS,
     SOURCE,
@@ -23,11 +24,13 @@ from softmoe_clip.data_pipelines.picture_bytes import Encoding
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_files import write_synced
 from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder
-from softmoe_clip.data_pipelines.sources import Source, SourceItem, read_source
+from softmoe_clip.data_pipelines.sources import SourceItem, read_source
 from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share
+from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 LAYOUTS = ("img2dataset", "benchmark")
 Splits = dict[str, list[SourceItem]]
+Skipped = dict[str, list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def pack(
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"workers is {num_workers}: give at least 1")
     found = read_source(source, image_column, caption_columns, root, prompts)
+    if found.classnames and Path(out).absolute().is_relative_to(Path(source).absolute()):
+        raise ValueError(f"{out} lies inside the source, where it would be one more class: choose another folder")
     splits = divide(found.items, source, split, holdout, layout)
     arguments = {
         "source folder or file": str(Path(source).absolute()) if Path(source).exists() else str(source),
@@ -86,20 +91,36 @@ def pack(
         NUM_ITEMS: len(found.items),
         SOURCE: fingerprint(found.items),
     }
+    plan = Plan(splits, split, shard_size, layout, encoding, found.classnames, list((prompts or plain_prompt)("{c}")))
     with partial_folder(out, arguments) as partial:
-        jobs, skipped = jobs_of(partial, splits, split, shard_size, layout, encoding)
+        jobs, skipped = jobs_of(plan, partial)
         already = sum(len(job.items) for job in jobs if Path(job.finished).exists())
         with progress("packing", sum(len(job.items) for job in jobs), "pictures", already) as advance:
             done = write_shards(jobs, num_workers or usable_cores(), advance)
-        return finish(partial, out, splits, split, layout, found, prompts, list(zip(jobs, done, strict=True)), skipped)
+        return finish(plan, partial, str(out), list(zip(jobs, done, strict=True)), skipped)
 
 
-def jobs_of(
-    partial: Partial, splits: Splits, split: str | None, shard_size: int, layout: Layout, encoding: Encoding
-) -> tuple[list[Job], dict[str, list[dict[str, str]]]]:
+class Plan(NamedTuple):
+    """What goes where: the pictures by split, of which only `split` is wanted if that is given."""
+
+    splits: Splits
+    split: str | None
+    shard_size: int
+    layout: Layout
+    encoding: Encoding
+    classnames: tuple[str, ...]
+    templates: list[str]
+
+    def folder(self, partial: Partial, name: str) -> Path:
+        """A split that is wanted alone lies in OUT itself, except in CLIP_benchmark's layout."""
+        alone = self.split is not None and self.layout == "img2dataset"
+        return partial.shards if alone else partial.shards / name
+
+
+def jobs_of(plan: Plan, partial: Partial) -> tuple[list[Job], Skipped]:
     """Cut each split into shards; what is known to be of no use before any picture is read comes back beside them."""
     jobs, skipped = [], {}
-    for name, items in splits.items():
+    for name, items in plan.splits.items():
         problems = [item.problem or (None if item.captions else "no caption") for item in items]
         usable = [item for item, problem in zip(items, problems, strict=True) if problem is None]
         skipped[name] = [
@@ -107,18 +128,13 @@ def jobs_of(
             for item, problem in zip(items, problems, strict=True)
             if problem is not None
         ]
-        folder = folder_of(partial, name, split, layout)
+        folder = plan.folder(partial, name)
         folder.mkdir(parents=True, exist_ok=True)
-        for number, first in enumerate(range(0, len(usable), shard_size)):
+        for number, first in enumerate(range(0, len(usable), plan.shard_size)):
             note = partial.finished / f"{name}-{number:05d}.json"
-            cut = usable[first : first + shard_size]
-            jobs.append(Job(str(folder), str(note), layout, name, number, first, cut, encoding))
+            cut = usable[first : first + plan.shard_size]
+            jobs.append(Job(str(folder), str(note), plan.layout, name, number, first, cut, plan.encoding))
     return jobs, skipped
-
-
-def folder_of(partial: Partial, name: str, split: str | None, layout: Layout) -> Path:
-    """A single split lies in OUT itself, except in CLIP_benchmark's layout."""
-    return partial.shards if split is not None and layout == "img2dataset" else partial.shards / name
 
 
 def divide(items: list[SourceItem], source: str | Path, split: str | None, holdout: float, layout: Layout) -> Splits:
@@ -151,58 +167,45 @@ def divide(items: list[SourceItem], source: str | Path, split: str | None, holdo
     }
 
 
-def finish(
-    partial: Partial,
-    out: str | Path,
-    splits: Splits,
-    split: str | None,
-    layout: Layout,
-    found: Source,
-    prompts: Prompts | None,
-    shards: list[tuple[Job, Done]],
-    skipped: dict[str, list[dict[str, str]]],
-) -> PackReport:
+def finish(plan: Plan, partial: Partial, out: str, shards: list[tuple[Job, Done]], skipped: Skipped) -> PackReport:
     """Write what each split and the whole have once, and drop splits of which nothing is left."""
-    report = PackReport(str(out), classnames=found.classnames)
-    problems = []
-    for name in splits:
-        folder = folder_of(partial, name, split, layout)
+    report, problems = PackReport(out, classnames=plan.classnames), []
+    for name in plan.splits:
+        folder = plan.folder(partial, name)
         done = [result for job, result in shards if job.split == name]
         left_out = skipped[name] + [entry for result in done for entry in result.skipped]
         report.skipped.extend(left_out)
-        count = sum(len(result.part.keys) for result in done)
-        if not count:
-            problems.append(nothing(name, left_out))
-            for file in folder.iterdir():
-                file.unlink()
+        if count := sum(len(result.part.keys) for result in done):
+            report.counts[name] = count
+            finish_split(folder, plan.layout, [result.part for result in done], left_out)
+        else:
+            first = f"{left_out[0]['name']}: {left_out[0]['reason']}" if left_out else "there are none"
+            problems.append(f"no picture for the split {name} can be used ({first})")
+            clear(folder)
             if folder != partial.shards:
                 folder.rmdir()
-            continue
-        report.counts[name] = count
-        finish_folder(folder, [result.part for result in done])
-        if left_out:
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
-            write_synced(folder / "skipped.jsonl", lines)
-        if layout == "benchmark":
-            write_synced(folder / "nshards.txt", f"{len(done)}\n")
     if not report.counts:
-        raise NothingToPack(problems[0])
-    write_class_files(partial.shards, layout, found, prompts or plain_prompt)
+        raise NothingToPack(f"{problems[0]}: correct the source, nothing was written")
+    write_class_files(partial.shards, plan)
     return report
 
 
-def write_class_files(folder: Path, layout: Layout, found: Source, prompts: Prompts) -> None:
+def finish_split(folder: Path, layout: Layout, parts: list[TarPart], left_out: list[dict[str, str]]) -> None:
+    """Write the counts, the index, what was left out, and the number of shards where CLIP_benchmark asks for it."""
+    finish_folder(folder, parts)
+    if left_out:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+        write_synced(folder / "skipped.jsonl", lines)
+    if layout == "benchmark":
+        write_synced(folder / "nshards.txt", f"{len(parts)}\n")
+
+
+def write_class_files(folder: Path, plan: Plan) -> None:
     """Write classnames.txt, and in CLIP_benchmark's layout its templates, or that this is a set for retrieval."""
-    if found.classnames:
-        write_synced(folder / "classnames.txt", "".join(f"{name}\n" for name in found.classnames))
-    if layout == "benchmark" and found.classnames:
-        lines = "".join(f"{template}\n" for template in prompts("{c}"))
+    if plan.classnames:
+        write_synced(folder / "classnames.txt", "".join(f"{name}\n" for name in plan.classnames))
+    if plan.layout == "benchmark" and plan.classnames:
+        lines = "".join(f"{template}\n" for template in plan.templates)
         write_synced(folder / "zeroshot_classification_templates.txt", lines)
-    elif layout == "benchmark":
+    elif plan.layout == "benchmark":
         write_synced(folder / "dataset_type.txt", "retrieval\n")
-
-
-def nothing(split: str, skipped: list[dict[str, str]]) -> str:
-    """Say that a split is empty, and what is wrong with its first picture."""
-    first = f"{skipped[0]['name']}: {skipped[0]['reason']}" if skipped else "there are none"
-    return f"no picture for the split {split} can be used ({first}): correct the source, nothing was written"

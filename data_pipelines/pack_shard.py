@@ -94,11 +94,10 @@ def prepared(
 def prepare(item: SourceItem, encoding: Encoding) -> Picture | str:
     """Read and encode one picture, or say why not."""
     try:
-        if item.read is not None:
-            return for_shard(item.read(), encoding)
-        if (size := item.path.stat().st_size) > MAX_FILE_BYTES:
+        data = item.read() if item.read is not None else None
+        if (size := item.path.stat().st_size if data is None else len(data)) > MAX_FILE_BYTES:
             return f"file of {size:,} bytes is over the limit of {MAX_FILE_BYTES:,}"
-        return for_shard(item.path.read_bytes(), encoding)
+        return for_shard(item.path.read_bytes() if data is None else data, encoding)
     except OSError as error:
         return f"can't be read: {error.strerror or error}"
     except ValueError as error:

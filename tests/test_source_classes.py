@@ -169,3 +169,36 @@ def test_shards_of_img2dataset_and_of_clip_benchmark_are_sources_too(tmp_path):
     assert source.classnames == ("tench", "golf ball")
     assert about(source.items)["s0"] == ("test", 1, ("a photo of a golf ball",))
     assert "no picture" in source.items[1].problem
+
+
+def test_shards_inside_a_folder_of_pictures_do_not_make_it_a_source_of_shards(tmp_path):
+    data = picture(tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.txt").write_text("one")
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.add(data, "png", ["packed"])
+    assert about(read_source(tmp_path).items) == {"a.png": (None, None, ("one",))}
+
+
+def test_packing_class_folders_into_themselves_is_refused(tmp_path):
+    from softmoe_clip.data_pipelines.pack import pack
+
+    for name in ("fox/a.png", "owl/b.png"):
+        picture(tmp_path / "classes" / name)
+    with pytest.raises(ValueError, match="lies inside the source, where it would be one more class"):
+        pack(tmp_path / "classes", tmp_path / "classes" / "shards")
+    assert sorted(path.name for path in (tmp_path / "classes").iterdir()) == ["fox", "owl"]
+
+
+def test_a_damaged_tar_gives_what_is_before_the_damage_and_is_listed(tmp_path):
+    from softmoe_clip.data_pipelines.pack import pack
+
+    data = picture(tmp_path / "x.png").read_bytes()
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(6):
+            writer.add(data, "png", [f"caption {number}"])
+    tar = tmp_path / "shards" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[:7000])
+    report = pack(tmp_path / "shards", tmp_path / "out", "train")
+    assert report.counts == {"train": 2}
+    assert [entry["name"] for entry in report.skipped] == ["000000002", "00000.tar"]
+    assert "cut off" in report.skipped[1]["reason"]

@@ -29,7 +29,7 @@ def split_folders(folder: Path) -> dict[str | None, Path] | None:
     if (folder / LISTING).is_file():
         return {path.name: path for path in inside} or None
     own = folder.name if folder.name in SPLITS else None
-    if (folder.parent / LISTING).is_file():
+    if inside and (folder.parent / LISTING).is_file():
         return {own: folder}
     if not inside or any(path.suffix.lower() in (*PICTURES, ".txt") for path in folder.iterdir()):
         return None

@@ -51,7 +51,7 @@ def plain_prompt(classname: str) -> list[str]:
 
 def share(name: str) -> float:
     """Map a name to a number from 0 to 1 that looks random and is always the same."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8]) / 2**64
 
 
 def mixed(items: Iterable[SourceItem]) -> list[SourceItem]:

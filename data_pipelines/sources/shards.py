@@ -3,10 +3,20 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import PICTURE_EXTENSIONS, captions_of, label_of
-from softmoe_clip.data_pipelines.sources.items import Prompts, Source, SourceItem, clean, plain_prompt, read_text
+from softmoe_clip.data_pipelines.sources.class_folders import folders_of
+from softmoe_clip.data_pipelines.sources.items import (
+    PICTURES,
+    Prompts,
+    Source,
+    SourceItem,
+    clean,
+    plain_prompt,
+    read_text,
+)
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
@@ -28,15 +38,19 @@ class PictureInTar(NamedTuple):
     size: int
 
     def __call__(self) -> bytes:
-        data = bytes_at(self.tar, self.offset, self.size)
+        with open(self.tar, "rb") as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) < self.size:
             raise ValueError(f"{self.tar} has changed while it was read")
         return data
 
 
 def has_shards(folder: Path) -> bool:
-    """True for a folder of tars, or of folders of them."""
-    return any(folder.glob("*.tar")) or any(folder.glob("*/*.tar"))
+    """True for a folder of tars, or of nothing but folders of them."""
+    if any(folder.glob("*.tar")):
+        return True
+    pictures = any(path.suffix.lower() in PICTURES for path in folder.iterdir())
+    return not pictures and bool(inside := folders_of(folder)) and all(any(path.glob("*.tar")) for path in inside)
 
 
 def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
@@ -53,21 +67,24 @@ def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
     items = []
     for split, pattern in splits.items():
         shards = ShardSet.open(pattern)
-        for url, part in zip(shards.urls, shards.parts, strict=True):
-            items += [read_sample(url, part, sample, split, classnames, prompts) for sample in range(len(part.keys))]
+        with progress("reading captions", len(shards), "samples") as advance:
+            for url, part in zip(shards.urls, shards.parts, strict=True):
+                with open(url, "rb") as tar:
+                    for sample in range(len(part.keys)):
+                        items.append(read_sample(url, tar, part, sample, split, classnames, prompts))
+                        advance()
         for problem in shards.problems:
             items.append(SourceItem(problem.partition(":")[0], Path(pattern), (), split, {}, problem))
     return Source(items, tuple(classnames))
 
 
 def read_sample(
-    url: str, part: TarPart, sample: int, split: str | None, classnames: list[str], prompts: Prompts
+    url: str, tar: BinaryIO, part: TarPart, sample: int, split: str | None, classnames: list[str], prompts: Prompts
 ) -> SourceItem:
     """Read what is text of a sample, and note where its picture lies."""
     members = {part.extensions[m]: m for m in range(part.starts[sample], part.starts[sample + 1])}
-    text = {
-        kind: bytes_at(url, int(part.offsets[m]), int(part.sizes[m])) for kind, m in members.items() if kind in TEXTS
-    }
+    texts = [(kind, int(part.offsets[m]), int(part.sizes[m])) for kind, m in members.items() if kind in TEXTS]
+    text = {kind: os.pread(tar.fileno(), size, offset) for kind, offset, size in texts}
     picture = next((members[kind] for kind in PICTURE_EXTENSIONS if kind in members), None)
     extra, captions, label = fields_of(text), (), None
     problem = None if picture is not None else f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members"
@@ -99,12 +116,3 @@ def find_classnames(folder: Path) -> list[str]:
         if (place / "classnames.txt").is_file():
             return [line.strip() for line in read_text(place / "classnames.txt").rstrip().split("\n")]
     return []
-
-
-def bytes_at(tar: str, offset: int, size: int) -> bytes:
-    """Read a stretch of a file."""
-    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)

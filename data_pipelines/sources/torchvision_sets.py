@@ -10,7 +10,7 @@ from urllib.error import URLError
 from softmoe_clip.data_pipelines.sources.items import Prompts, Source, SourceItem, clean, mixed, plain_prompt
 
 PREFIX = "torchvision:"
-SPLITS = ("train", "val", "valid", "test")
+SPLITS = {"train": "train", "trainval": "train", "val": "val", "valid": "val", "test": "test"}
 FILE_LISTS = ("samples", "_samples", "_image_files", "_images", "imgs")
 
 
@@ -76,10 +76,12 @@ def parts_of(name: str, root: Path) -> list[Part]:
         advice = f"did you mean {close[0]}?" if close else "see torchvision.datasets, for example CIFAR10 or Food101"
         raise ValueError(f"torchvision has no data set {name!r}: {advice}")
     takes = inspect.signature(kind).parameters
+    if "root" not in takes:
+        raise ValueError(f"{PREFIX}{name} has no files: use a data set that has")
     if "train" in takes:
         return [Part(name, str(root), split, (("train", split == "train"),)) for split in ("train", "test")]
     if "split" in takes:
-        return [Part(name, str(root), split, (("split", split),)) for split in SPLITS]
+        return [Part(name, str(root), split, (("split", given),)) for given, split in SPLITS.items()]
     return [Part(name, str(root), None, ())]
 
 
@@ -93,6 +95,8 @@ def opened(part: Part) -> Any:
         if part.split is not None and "Unknown value" in str(error):
             return []
         raise
+    except ImportError as error:
+        raise ValueError(f"{PREFIX}{part.dataset} needs the package {error.name}: install it first") from error
     except (RuntimeError, FileNotFoundError, TypeError) as error:
         if "download" not in inspect.signature(getattr(datasets, part.dataset)).parameters:
             reason = " ".join(str(error).split())
