@@ -103,6 +103,20 @@ def test_cifar10_from_torchvision_keeps_pixels_labels_and_splits(tmp_path, monke
     np.testing.assert_array_equal(pixels, data[5].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+def test_cifar10_is_packed_for_training_and_for_evaluation(tmp_path, monkeypatch):
+    from softmoe_clip.data_pipelines.pack import pack
+    from softmoe_clip.data_pipelines.tar_index import ShardSet
+
+    cifar10(tmp_path / "root", monkeypatch)
+    report = pack("torchvision:CIFAR10", tmp_path / "out", root=tmp_path / "root", shard_size=40)
+    assert report.counts == {"train": 100, "test": 20}
+    assert ShardSet.open(str(tmp_path / "out" / "train")).counts == [40, 40, 20]
+    pack("torchvision:CIFAR10", tmp_path / "wds", "test", layout="benchmark", root=tmp_path / "root")
+    members = ShardSet.open(str(tmp_path / "wds" / "test")).read(0).members
+    assert members.keys() == {"png", "cls", "json"}
+    assert (tmp_path / "wds" / "classnames.txt").read_text().split() == [*"abcdefghij"]
+
+
 def test_torchvision_sets_without_files_or_of_an_unknown_name_are_refused(tmp_path, monkeypatch):
     from urllib.error import URLError
 
