@@ -22,9 +22,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     partial.mkdir(exist_ok=True)
-    lock = _lock(partial, out)
+    lock = lock_folder(partial, out)
     try:
-        _clear(partial)
+        clear(partial)
         yield partial
         sync(partial)
         refuse_existing(out)
@@ -62,7 +62,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _lock(partial: Path, out: Path) -> int:
+def lock_folder(partial: Path, out: Path) -> int:
     """The lock dies with its process, so that a folder left by a killed one is told from one in use."""
     import fcntl
 
@@ -80,7 +80,8 @@ def _lock(partial: Path, out: Path) -> int:
     return descriptor
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -1,36 +1,36 @@
 """Turn pictures with captions into shards, leaving out what can't be used and saying why."""
 
-import hashlib
-import io
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import PIL
 
-from softmoe_clip.data_pipelines.images import (
-    JPEG_FORMATS,
-    largest_shrink,
-    load_pixels,
-    load_rgb,
-    open_picture,
-    orientation,
+from softmoe_clip.data_pipelines.new_folder import clear, refuse_existing
+from softmoe_clip.data_pipelines.pack_partial import (
+    NUM_ITEMS,
+    SOURCE,
+    NothingToPack,
+    Partial,
+    fingerprint,
+    partial_folder,
 )
-from softmoe_clip.data_pipelines.new_folder import new_folder, refuse_existing
+from softmoe_clip.data_pipelines.pack_shard import Done, Job, Layout
+from softmoe_clip.data_pipelines.pack_workers import usable_cores, write_shards
+from softmoe_clip.data_pipelines.picture_bytes import Encoding
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
+from softmoe_clip.data_pipelines.shard_files import write_synced
+from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder
 from softmoe_clip.data_pipelines.sources import SourceItem, read_source
+from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share
+from softmoe_clip.data_pipelines.tar_walk import TarPart
 
-MAX_FILE_BYTES = 256 * 1024**2
-KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
-NUM_THREADS = 4  # Pillow decodes without Python's lock
-CHUNK = 64
+LAYOUTS = ("img2dataset", "benchmark")
+Splits = dict[str, list[SourceItem]]
+Skipped = dict[str, list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -40,70 +40,126 @@ class PackReport:
     out: str
     counts: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
-
-
-class Picture(NamedTuple):
-    """A picture as it goes into a shard."""
-
-    data: bytes
-    extension: str
-    width: int
-    height: int
+    classnames: tuple[str, ...] = ()
 
 
 def pack(
-    source: str | Path, out: str | Path, split: str | None = None, shard_size: int = 1000, holdout: float = 0.1
+    source: str | Path,
+    out: str | Path,
+    split: str | None = None,
+    shard_size: int = 1000,
+    holdout: float = 0.1,
+    layout: Layout = "img2dataset",
+    encoding: Encoding = Encoding(),
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+    root: str | Path | None = None,
+    prompts: Prompts | None = None,
+    num_workers: int | None = None,
 ) -> PackReport:
     """Write the pictures of a source (see `read_source`) to OUT/train, OUT/val, ...; with SPLIT only that, into OUT.
 
-    A source without splits is divided by a hash of the names, a share of `holdout` (0 to 1) into val. What can't be
-    used is listed in skipped.jsonl beside the shards. Raises ValueError where nothing is left, or OUT is not empty.
+    A source without splits is divided by a hash of the names, a share of `holdout` (0 to 1) into val; in the benchmark
+    layout, CLIP_benchmark's, all of it is the split test. What can't be used is listed in skipped.jsonl beside the
+    shards. A pack that was stopped continues where it was. `num_workers` (all cores) does not change the bytes.
+    Raises ValueError where nothing is left, OUT is not empty, or a pack with other arguments is unfinished there.
     """
     refuse_existing(out)
+    check_shard_size(shard_size)
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
-    splits = _divide(read_source(source), source, split, holdout)
-    report = PackReport(str(out))
-    with progress("packing", sum(map(len, splits.values())), "pictures") as advance:
-        if split is not None:
-            _write_split(Path(out), split, splits[split], shard_size, advance, report)
-            return report
-        with new_folder(out) as folder:
-            problems = []
-            for name, items in splits.items():
-                try:
-                    _write_split(folder / name, name, items, shard_size, advance, report)
-                except NothingToPack as problem:
-                    problems.append(problem)
-            if not report.counts:
-                raise problems[0]
-    return report
+    if layout not in LAYOUTS:
+        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"workers is {num_workers}: give at least 1")
+    found = read_source(source, image_column, caption_columns, root, prompts)
+    if found.classnames and Path(out).absolute().is_relative_to(Path(source).absolute()):
+        raise ValueError(f"{out} lies inside the source, where it would be one more class: choose another folder")
+    splits = divide(found.items, source, split, holdout, layout)
+    arguments = {
+        "source folder or file": str(Path(source).absolute()) if Path(source).exists() else str(source),
+        "split": split,
+        "shard_size": shard_size,
+        "holdout": holdout,
+        "layout": layout,
+        **asdict(encoding),
+        "image_column": image_column,
+        "caption_columns": list(caption_columns),
+        "root": root and str(root),
+        "templates": prompts and list(prompts("{}")),
+        "Pillow": PIL.__version__,
+        NUM_ITEMS: len(found.items),
+        SOURCE: fingerprint(found.items),
+    }
+    plan = Plan(splits, split, shard_size, layout, encoding, found.classnames, list((prompts or plain_prompt)("{c}")))
+    with partial_folder(out, arguments) as partial:
+        jobs, skipped = jobs_of(plan, partial)
+        already = sum(len(job.items) for job in jobs if Path(job.finished).exists())
+        with progress("packing", sum(len(job.items) for job in jobs), "pictures", already) as advance:
+            done = write_shards(jobs, num_workers or usable_cores(), advance)
+        return finish(plan, partial, str(out), list(zip(jobs, done, strict=True)), skipped)
 
 
-class NothingToPack(ValueError):
-    """Not one picture of a split can be used."""
+class Plan(NamedTuple):
+    """What goes where: the pictures by split, of which only `split` is wanted if that is given."""
+
+    splits: Splits
+    split: str | None
+    shard_size: int
+    layout: Layout
+    encoding: Encoding
+    classnames: tuple[str, ...]
+    templates: list[str]
+
+    def folder(self, partial: Partial, name: str) -> Path:
+        """A split that is wanted alone lies in OUT itself, except in CLIP_benchmark's layout."""
+        alone = self.split is not None and self.layout == "img2dataset"
+        return partial.shards if alone else partial.shards / name
 
 
-def _divide(
-    items: list[SourceItem], source: str | Path, split: str | None, holdout: float
-) -> dict[str, list[SourceItem]]:
+def jobs_of(plan: Plan, partial: Partial) -> tuple[list[Job], Skipped]:
+    """Cut each split into shards; what is known to be of no use before any picture is read comes back beside them."""
+    jobs, skipped = [], {}
+    for name, items in plan.splits.items():
+        problems = [item.problem or (None if item.captions else "no caption") for item in items]
+        usable = [item for item, problem in zip(items, problems, strict=True) if problem is None]
+        skipped[name] = [
+            {"name": item.name, "split": name, "reason": problem}
+            for item, problem in zip(items, problems, strict=True)
+            if problem is not None
+        ]
+        folder = plan.folder(partial, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, first in enumerate(range(0, len(usable), plan.shard_size)):
+            note = partial.finished / f"{name}-{number:05d}.json"
+            cut = usable[first : first + plan.shard_size]
+            jobs.append(Job(str(folder), str(note), plan.layout, name, number, first, cut, plan.encoding))
+    return jobs, skipped
+
+
+def divide(items: list[SourceItem], source: str | Path, split: str | None, holdout: float, layout: Layout) -> Splits:
+    """Sort the pictures into splits: the source's own, else train and val by a hash of the names."""
     names = sorted({item.split for item in items if item.split})
     if bad := next((name for name in names if not re.fullmatch(r"\w[\w.-]*", name)), None):
         raise ValueError(f"{source} has a split named {bad!r}: a split's name becomes a folder, use letters and digits")
     if split is not None:
+        if not re.fullmatch(r"\w[\w.-]*", split):
+            raise ValueError(f"the split {split!r} is no name: use letters and digits")
         if names and split not in names:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(names)}")
         return {split: [item for item in items if not names or (item.split or "train") == split]}
     if names:
-        splits: dict[str, list[SourceItem]] = {}
+        splits: Splits = {}
         for item in items:
             splits.setdefault(item.split or "train", []).append(item)
         return splits
+    if layout == "benchmark":
+        return {"test": items}
     if len(items) < 2:
         raise ValueError(f"{source} has one picture, too few to divide into train and val: use --split train")
     # By a hash, so that a picture stays where it is when others are added.
-    order = sorted(items, key=lambda item: _share(item.name))
-    num_val = min(max(1, sum(_share(item.name) < holdout for item in items)), len(items) - 1)
+    order = sorted(items, key=lambda item: share(item.name))
+    num_val = min(max(1, sum(share(item.name) < holdout for item in items)), len(items) - 1)
     val = {item.name for item in order[:num_val]}
     return {
         "train": [item for item in items if item.name not in val],
@@ -111,97 +167,45 @@ def _divide(
     }
 
 
-def _share(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64
-
-
-def _write_split(
-    out: Path, split: str, items: list[SourceItem], shard_size: int, advance: Callable[..., None], report: PackReport
-) -> None:
-    skipped = []
-    try:
-        with ShardWriter(out, shard_size) as writer:
-            for item, picture in _prepared(items):
-                if isinstance(picture, str):
-                    skipped.append({"name": item.name, "split": split, "reason": picture})
-                else:
-                    size = {"width": picture.width, "height": picture.height}
-                    extra = {**item.extra, "file_name": item.name, **size}
-                    writer.add(picture.data, picture.extension, item.captions, extra)
-                advance()
-            if not writer.num_samples:
-                raise NothingToPack(_nothing(split, skipped))
-            if skipped:
-                lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-                write_synced(writer.folder / "skipped.jsonl", lines)
-            report.counts[split] = writer.num_samples
-    finally:
-        report.skipped.extend(skipped)
-
-
-def _nothing(split: str, skipped: list[dict[str, str]]) -> str:
-    first = f"{skipped[0]['name']}: {skipped[0]['reason']}" if skipped else "there are none"
-    return f"no picture for the split {split} can be used ({first}): correct the source, nothing was written"
-
-
-def _prepared(items: list[SourceItem]) -> Iterator[tuple[SourceItem, Picture | str]]:
-    """Yield every item with its picture, or with the reason why it can't be used; in order, a chunk in memory."""
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        for start in range(0, len(items), CHUNK):
-            chunk = items[start : start + CHUNK]
-            yield from zip(chunk, threads.map(_prepare, chunk), strict=True)
-
-
-def _prepare(item: SourceItem) -> Picture | str:
-    if item.problem is not None:
-        return item.problem
-    if not item.captions:
-        return "no caption"
-    try:
-        if (size := item.path.stat().st_size) > MAX_FILE_BYTES:
-            return f"file of {size:,} bytes is over the limit of {MAX_FILE_BYTES:,}"
-        return for_shard(item.path.read_bytes())
-    except OSError as error:
-        return f"can't be read: {error.strerror or error}"
-    except ValueError as error:
-        return str(error)
-
-
-def for_shard(data: bytes) -> Picture:
-    """Check that a picture decodes whole; keep its bytes where any decoder shows them upright in RGB, else encode anew.
-
-    JPEG and the like become JPEG of quality 95 with full colour resolution, all else PNG. Raises ValueError.
-    """
-    picture = open_picture(data)
-    if picture.format not in JPEG_FORMATS:
-        load_pixels(picture)  # before any look at EXIF, which Pillow can't reach without decoding a PNG
-    if _is_plain(picture):
-        width, height = picture.size
-        extension = KEPT_FORMATS[picture.format]
-        load_rgb(picture, largest_shrink(min(picture.size), 8))
-        return Picture(data, extension, width, height)
-    lossy = picture.format in LOSSY_FORMATS
-    rgb = load_rgb(picture)
-    return Picture(_encoded(rgb, lossy), "jpg" if lossy else "png", rgb.width, rgb.height)
-
-
-def _is_plain(picture: Image.Image) -> bool:
-    return (
-        picture.format in KEPT_FORMATS
-        and picture.mode in ("RGB", "L")
-        and not picture.has_transparency_data
-        and (picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1)
-        and orientation(picture) == 1
-    )
-
-
-def _encoded(rgb: Image.Image, lossy: bool) -> bytes:
-    file = io.BytesIO()
-    try:
-        if lossy:
-            rgb.save(file, "JPEG", quality=95, subsampling=0)
+def finish(plan: Plan, partial: Partial, out: str, shards: list[tuple[Job, Done]], skipped: Skipped) -> PackReport:
+    """Write what each split and the whole have once, and drop splits of which nothing is left."""
+    report, problems = PackReport(out, classnames=plan.classnames), []
+    for name in plan.splits:
+        folder = plan.folder(partial, name)
+        done = [result for job, result in shards if job.split == name]
+        left_out = skipped[name] + [entry for result in done for entry in result.skipped]
+        report.skipped.extend(left_out)
+        if count := sum(len(result.part.keys) for result in done):
+            report.counts[name] = count
+            finish_split(folder, plan.layout, [result.part for result in done], left_out)
         else:
-            rgb.save(file, "PNG")
-    except OSError as error:
-        raise ValueError(f"picture does not encode: {error}") from error
-    return file.getvalue()
+            first = f"{left_out[0]['name']}: {left_out[0]['reason']}" if left_out else "there are none"
+            problems.append(f"no picture for the split {name} can be used ({first})")
+            clear(folder)
+            if folder != partial.shards:
+                folder.rmdir()
+    if not report.counts:
+        raise NothingToPack(f"{problems[0]}: correct the source, nothing was written")
+    write_class_files(partial.shards, plan)
+    return report
+
+
+def finish_split(folder: Path, layout: Layout, parts: list[TarPart], left_out: list[dict[str, str]]) -> None:
+    """Write the counts, the index, what was left out, and the number of shards where CLIP_benchmark asks for it."""
+    finish_folder(folder, parts)
+    if left_out:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+        write_synced(folder / "skipped.jsonl", lines)
+    if layout == "benchmark":
+        write_synced(folder / "nshards.txt", f"{len(parts)}\n")
+
+
+def write_class_files(folder: Path, plan: Plan) -> None:
+    """Write classnames.txt, and in CLIP_benchmark's layout its templates, or that this is a set for retrieval."""
+    if plan.classnames:
+        write_synced(folder / "classnames.txt", "".join(f"{name}\n" for name in plan.classnames))
+    if plan.layout == "benchmark" and plan.classnames:
+        lines = "".join(f"{template}\n" for template in plan.templates)
+        write_synced(folder / "zeroshot_classification_templates.txt", lines)
+    elif plan.layout == "benchmark":
+        write_synced(folder / "dataset_type.txt", "retrieval\n")

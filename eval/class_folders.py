@@ -1,8 +1,8 @@
 """Read pictures that lie in one folder per class as if they were shards, so that the same code scores both."""
 
-import json
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.sources.class_folders import read_classes
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -47,22 +47,3 @@ class ClassFolders:
         extension = path.suffix.lower().lstrip(".")
         members = {extension: path.read_bytes(), "cls": str(label).encode(), "txt": self.classnames[label].encode()}
         return RawSample(str(inside.with_suffix("")), inside.parts[0], members)
-
-
-def read_classes(folder: Path) -> tuple[list[str], dict[str, int]]:
-    """Return the class names in order of their labels, and the label of each class folder that is there."""
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    listing = folder.parent / "classes.json"
-    if not listing.is_file():
-        return [name.replace("_", " ") for name in inside], {name: label for label, name in enumerate(inside)}
-    try:
-        classes = sorted(json.loads(listing.read_text("utf-8"))["classes"], key=lambda entry: entry["index"])
-        names, labels = [entry["name"] for entry in classes], {entry["dir"]: entry["index"] for entry in classes}
-        in_order = [entry["index"] for entry in classes] == list(range(len(classes)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{listing} is not a list of classes with index, dir and name ({error!r})") from None
-    if not in_order:
-        raise ValueError(f"the class indices in {listing} must be 0, 1, 2, ... without gaps")
-    if unknown := [name for name in inside if name not in labels]:
-        raise ValueError(f"the folder {folder / unknown[0]} is no class of {listing}: add it there or move it away")
-    return names, {name: labels[name] for name in inside}

@@ -94,9 +94,10 @@ def make_shards(data: str | None, out: Path) -> None:
     try:
         report = pack(data, out)
     except BaseException:
-        # Nothing half-written stays: the folder held only our note of what it was to become.
-        (out.parent / "demo.json").unlink(missing_ok=True)
-        out.parent.rmdir()
+        # Nothing half-written stays, except finished shards, with which the same command continues.
+        if not out.with_name(f"{out.name}.partial").exists():
+            (out.parent / "demo.json").unlink(missing_ok=True)
+            out.parent.rmdir()
         raise
     for split, count in report.counts.items():
         print(f"{count:8,} pictures  {split}")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from softmoe_clip.data_pipelines.check import check
-from softmoe_clip.data_pipelines.pack import ShardWriter
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 
 
 def png():

@@ -1,18 +1,18 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_clip.data_pipelines import pack as module
-from softmoe_clip.data_pipelines.pack import ShardWriter, pack
+from softmoe_clip.data_pipelines import pack_shard
+from softmoe_clip.data_pipelines.pack import pack
+from softmoe_clip.data_pipelines.shard_files import ShardFiles
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 
@@ -216,34 +216,11 @@ def test_an_error_between_two_samples_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return add(self, *arguments, **options)
 
-    add = ShardWriter.add
-    monkeypatch.setattr(ShardWriter, "add", interrupted)
+    add = ShardFiles.add
+    monkeypatch.setattr(ShardFiles, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_pack_leaves_no_out_and_can_be_started_again(tmp_path, number):
-    source = make_source(tmp_path / "source", 3000)
-    code = (
-        "import sys; from softmoe_clip.data_pipelines.pack import pack; pack(sys.argv[1], sys.argv[2], shard_size=100)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, source, tmp_path / "out"], stderr=subprocess.DEVNULL)
-    while (
-        len(list(Path(tmp_path).glob(".out.partial/train/*.tar"))) + len(list(tmp_path.glob(".out.partial/.train*/*")))
-        < 3
-    ):
-        time.sleep(0.002)
-        assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait() != 0
-    assert not (tmp_path / "out").exists()
-    if number == signal.SIGINT:
-        assert os.listdir(tmp_path) == ["source"]
-    assert sum(pack(source, tmp_path / "out").counts.values()) == 3000
-    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
 def test_labels_become_cls_and_reserved_fields_are_ours(tmp_path):
@@ -259,9 +236,62 @@ def test_labels_become_cls_and_reserved_fields_are_ours(tmp_path):
 
 def test_a_file_that_is_too_large_is_skipped_before_it_is_read(tmp_path, monkeypatch):
     source = make_source(tmp_path / "source", 4)
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(pack_shard, "MAX_FILE_BYTES", 1000)
     with open(source / "2.png", "r+b") as file:
         file.truncate(5000)
     report = pack(source, tmp_path / "out", split="train")
     assert [entry["name"] for entry in report.skipped] == ["2.png"]
     assert "over the limit" in report.skipped[0]["reason"]
+
+
+def test_the_verb_hands_every_option_on(tmp_path, softmoe_clip):
+    for name in ("owl", "red_fox"):
+        for number in range(3):
+            (tmp_path / "classes" / name).mkdir(parents=True, exist_ok=True)
+            noise((64, 48), number).save(tmp_path / "classes" / name / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text("a photo of {a}.\nthe {c}\n")
+    options = ["--format", "benchmark", "--split", "val", "--templates", tmp_path / "prompts.txt", "--encode", "jpeg"]
+    options += ["--quality", "80", "--shorter-side", "24", "--shard-size", "4", "--workers", "1"]
+    done = softmoe_clip("pack", tmp_path / "classes", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "6 pictures  val" in done.stdout
+    assert "2 classes   owl, red fox" in done.stdout
+    shards = ShardSet.open(str(tmp_path / "out" / "val"))
+    assert shards.counts == [4, 2]
+    picture = Image.open(io.BytesIO(shards.read(0).members["jpg"]))
+    assert (picture.format, picture.size) == ("JPEG", (32, 24))
+    about = json.loads(shards.read(0).members["json"])
+    assert about["captions"] in (["a photo of an owl.", "the owl"], ["a photo of a red fox.", "the red fox"])
+    lines = (tmp_path / "out" / "zeroshot_classification_templates.txt").read_text().splitlines()
+    assert lines == ["a photo of a {c}.", "the {c}"]
+
+
+def test_the_verb_takes_columns_and_a_root(tmp_path, softmoe_clip):
+    source = make_source(tmp_path / "pictures", 3)
+    rows = [f"{number};{number}.png;ein Bild {number};a picture {number}" for number in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["nr;foto;de;en", *rows]))
+    columns = ["--image-column", "foto", "--caption-column", "en", "--caption-column", "de", "--root", source]
+    done = softmoe_clip("pack", tmp_path / "t.csv", tmp_path / "out", "--split", "train", *columns)
+    assert done.returncode == 0, done.stderr
+    assert ShardSet.open(str(tmp_path / "out")).read(1).members["txt"] == b"a picture 1\nein Bild 1"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--format", "tfds"], "the format is 'tfds': choose img2dataset or benchmark"),
+        (["--encode", "gif"], "encode is 'gif'"),
+        (["--templates", "opnai"], "did you mean openai?"),
+        (["--templates", "simple"], "leave out --templates"),
+        (["--image-column", "x"], "is no table: leave out --image-column"),
+        (["--root", "x"], "is no table: leave out --root"),
+        (["--workers", "0"], "workers is 0"),
+        (["--split", "../x"], "the split '../x' is no name"),
+    ],
+)
+def test_options_that_can_not_be_are_one_sentence(tmp_path, softmoe_clip, options, reason):
+    source = make_source(tmp_path / "source", 3)
+    done = softmoe_clip("pack", source, tmp_path / "out", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert reason in done.stderr
+    assert os.listdir(tmp_path) == ["source"]

@@ -249,7 +249,7 @@ def full_name(classname: str) -> str:
 def test_several_processes_write_the_same_bytes(written, tmp_path):
     write_scenes(tmp_path / "out", num_train=60, num_val=40, num_processes=3)
     files = sorted(path.relative_to(written) for path in written.rglob("*.*") if path.is_file())
-    assert len(files) == 13
+    assert len(files) == 21
     for file in files:
         if file.suffix != ".npz":
             assert (tmp_path / "out" / file).read_bytes() == (written / file).read_bytes(), file

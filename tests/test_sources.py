@@ -25,7 +25,7 @@ def test_a_folder_pairs_pictures_with_texts_of_the_same_name(tmp_path):
     (tmp_path / "c.d.jpg.txt").write_text("three")
     (tmp_path / "zoë 日本.txt").write_text("Ünï", "utf-8")
     (tmp_path / "readme.txt").write_text("no picture")
-    items = read_source(tmp_path)
+    items = read_source(tmp_path).items
     assert captions(items) == {
         "a.jpg": ("one", "two words"),
         "alone.jpg": (),
@@ -44,7 +44,7 @@ def test_a_text_that_is_not_utf8_and_a_pipe_are_problems_of_one_picture(tmp_path
     (tmp_path / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
     os.mkfifo(tmp_path / "c.jpg")
     (tmp_path / "c.txt").write_text("would hang")
-    problems = [item.problem for item in read_source(tmp_path)]
+    problems = [item.problem for item in read_source(tmp_path).items]
     assert problems[0] is None
     assert "b.txt is not UTF-8" in problems[1]
     assert problems[2] == "not a file"
@@ -57,8 +57,8 @@ def test_captions_json_keeps_splits_captions_and_other_fields(tmp_path, where):
     missing = {"file_name": "b.jpg", "split": "train", "captions": ["gone"]}
     (tmp_path / "captions.json").write_text(json.dumps({"image_dir": where, "images": [entry, missing]}))
     for source in (tmp_path, tmp_path / "captions.json"):
-        a, b = read_source(source)
-        assert a[:1] + a[2:] == ("a.jpg", ("one", "two"), "val", {"license": "x"}, None)
+        a, b = read_source(source).items
+        assert a[:1] + a[2:6] == ("a.jpg", ("one", "two"), "val", {"license": "x"}, None)
         assert a.path == tmp_path / where / "a.jpg"
         assert (b.name, b.problem) == ("b.jpg", NO_PICTURE)
 
@@ -94,7 +94,7 @@ def test_tables_of_all_kinds_say_the_same(tmp_path, name, text):
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "images" / "b.jpg")
     (tmp_path / name).write_text(text, "utf-8", newline="")
-    items = read_source(tmp_path / name)
+    items = read_source(tmp_path / name).items
     assert captions(items) == {"a.jpg": ("one, with comma", "two"), "b.jpg": ("three",)}
     assert [item.problem for item in items] == [None, None]
 
@@ -102,7 +102,7 @@ def test_tables_of_all_kinds_say_the_same(tmp_path, name, text):
 def test_a_caption_with_line_breaks_in_quotes_is_one_caption(tmp_path):
     picture(tmp_path / "a.jpg")
     (tmp_path / "t.csv").write_text('image,caption\na.jpg,"one\ntwo\u2028three"\n')
-    assert captions(read_source(tmp_path / "t.csv")) == {"a.jpg": ("one two three",)}
+    assert captions(read_source(tmp_path / "t.csv").items) == {"a.jpg": ("one two three",)}
 
 
 def test_captions_that_are_missing_or_no_text_are_none(tmp_path):
@@ -114,7 +114,7 @@ def test_captions_that_are_missing_or_no_text_are_none(tmp_path):
         '{"image": "c.jpg", "text": "c"}',
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    assert captions(read_source(tmp_path / "t.jsonl")) == {"a.jpg": (), "b.jpg": (), "c.jpg": ("c",)}
+    assert captions(read_source(tmp_path / "t.jsonl").items) == {"a.jpg": (), "b.jpg": (), "c.jpg": ("c",)}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_captions_that_are_missing_or_no_text_are_none(tmp_path):
         ("t.json", '{"images": [', r"t\.json is not valid JSON"),
         ("t.json", '["a", "b"]', r"t\.json should hold"),
         ("t.json", '{"images": []}', r"t\.json is empty"),
-        ("t.parquet", "PAR1", r"t\.parquet is no source"),
+        ("t.parquet", "PAR1", r"t\.parquet is no Parquet file"),
     ],
 )
 def test_a_table_that_can_not_be_used_is_named_with_the_reason(tmp_path, name, text, reason):

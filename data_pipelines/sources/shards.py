@@ -1,0 +1,118 @@
+"""Shards as a source: what img2dataset, CLIP_benchmark or `pack` itself wrote, taken apart again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.samples import PICTURE_EXTENSIONS, captions_of, label_of
+from softmoe_clip.data_pipelines.sources.class_folders import folders_of
+from softmoe_clip.data_pipelines.sources.items import (
+    PICTURES,
+    Prompts,
+    Source,
+    SourceItem,
+    clean,
+    plain_prompt,
+    read_text,
+)
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.tar_walk import TarPart
+
+# What `pack` writes anew, and what describes the encoding before.
+RESERVED = frozenset(
+    (
+        *("caption", "captions", "key", "status", "error_message", "shard_id"),
+        *("width", "height", "original_width", "original_height", "exif", "sha256"),
+    )
+)
+TEXTS = ("txt", "json", "cls")
+
+
+class PictureInTar(NamedTuple):
+    """The bytes of one member."""
+
+    tar: str
+    offset: int
+    size: int
+
+    def __call__(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if len(data) < self.size:
+            raise ValueError(f"{self.tar} has changed while it was read")
+        return data
+
+
+def has_shards(folder: Path) -> bool:
+    """True for a folder of tars, or of nothing but folders of them."""
+    if any(folder.glob("*.tar")):
+        return True
+    pictures = any(path.suffix.lower() in PICTURES for path in folder.iterdir())
+    return not pictures and bool(inside := folders_of(folder)) and all(any(path.glob("*.tar")) for path in inside)
+
+
+def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
+    """List the samples of shards: a folder of tars, a folder of splits, or a pattern as in `find_shards`.
+
+    Captions are those of the loader; a sample with a label alone is captioned by its class, if a classnames.txt is
+    there. Raises ValueError for what is no tar.
+    """
+    folder = Path(source).expanduser()
+    splits = {None: source}
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        splits = {tar.parent.name: str(tar.parent) for tar in sorted(folder.glob("*/*.tar"))}
+    classnames = find_classnames(folder if folder.is_dir() else folder.parent)
+    items = []
+    for split, pattern in splits.items():
+        shards = ShardSet.open(pattern)
+        with progress("reading captions", len(shards), "samples") as advance:
+            for url, part in zip(shards.urls, shards.parts, strict=True):
+                with open(url, "rb") as tar:
+                    for sample in range(len(part.keys)):
+                        items.append(read_sample(url, tar, part, sample, split, classnames, prompts))
+                        advance()
+        for problem in shards.problems:
+            items.append(SourceItem(problem.partition(":")[0], Path(pattern), (), split, {}, problem))
+    return Source(items, tuple(classnames))
+
+
+def read_sample(
+    url: str, tar: BinaryIO, part: TarPart, sample: int, split: str | None, classnames: list[str], prompts: Prompts
+) -> SourceItem:
+    """Read what is text of a sample, and note where its picture lies."""
+    members = {part.extensions[m]: m for m in range(part.starts[sample], part.starts[sample + 1])}
+    texts = [(kind, int(part.offsets[m]), int(part.sizes[m])) for kind, m in members.items() if kind in TEXTS]
+    text = {kind: os.pread(tar.fileno(), size, offset) for kind, offset, size in texts}
+    picture = next((members[kind] for kind in PICTURE_EXTENSIONS if kind in members), None)
+    extra, captions, label = fields_of(text), (), None
+    problem = None if picture is not None else f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members"
+    try:
+        captions, label = clean(captions_of(text)), label_of(text)
+        if not captions and label is not None and 0 <= label < len(classnames):
+            captions = clean(prompts(classnames[label]))
+    except ValueError as error:
+        problem = str(error)
+    read = None
+    if picture is not None:
+        read = PictureInTar(url, int(part.offsets[picture]), int(part.sizes[picture]))
+    name = str(extra.get("file_name") or part.keys[sample])
+    return SourceItem(name, Path(url), captions, split, extra, problem, label, read)
+
+
+def fields_of(text: dict[str, bytes]) -> dict[str, Any]:
+    """Return the fields of the .json that stay true after packing anew."""
+    try:
+        fields = json.loads(text.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return {name: value for name, value in fields.items() if name not in RESERVED} if isinstance(fields, dict) else {}
+
+
+def find_classnames(folder: Path) -> list[str]:
+    """Read the classnames.txt of a folder or of the one above it, if there is one."""
+    for place in (folder, folder.parent):
+        if (place / "classnames.txt").is_file():
+            return [line.strip() for line in read_text(place / "classnames.txt").rstrip().split("\n")]
+    return []
