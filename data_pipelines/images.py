@@ -44,6 +44,10 @@ TURNS = {
 }
 
 
+class TooLarge(ValueError):
+    """A picture that asks for more memory or time than any should: refused by its header, before it is decoded."""
+
+
 def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decode a picture to upright RGB, transparency over white.
 
@@ -62,16 +66,18 @@ def open_picture(data: bytes) -> ImageFile.ImageFile:
         raise ValueError("picture is empty: a file of 0 bytes")
     try:
         picture = read_header(data)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(reason_of(error)) from None
     except Exception as error:
         raise ValueError(reason_of(error)) from None
     width, height = picture.size
     if width * height > max_pixels(picture):
         kind = picture.format + (" that is progressive" if "progressive" in picture.info else "")
-        raise ValueError(
+        raise TooLarge(
             f"picture of {width}x{height} pixels is over the limit of {max_pixels(picture):,} pixels for {kind}"
         )
     if picture.format in JPEG_FORMATS and (num_scans := data.count(b"\xff\xda")) > MAX_SCANS:
-        raise ValueError(f"JPEG with {num_scans} scans is over the limit of {MAX_SCANS}")
+        raise TooLarge(f"JPEG with {num_scans} scans is over the limit of {MAX_SCANS}")
     return picture
 
 
