@@ -84,11 +84,11 @@ def print_findings(findings: Sequence[Finding], num_shown: int = 3) -> None:
     from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), leading=1)
     table.add_column("")
     table.add_column("number", justify="right")
     table.add_column("what")
-    table.add_column("the first of them" if num_shown else "", overflow="fold")
+    table.add_column("the first of them", overflow="fold")
     for kind, found in by_kind(findings).items():
         colour = "red" if kind in ERRORS else "yellow"
         rows = [_shown(one) for one in found[:num_shown]]
