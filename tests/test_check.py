@@ -1,63 +1,24 @@
 """check: each thing that is wrong is found once, with its place and reason, by any number of processes."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from picture_shards import encoded, png, scene, whole, write, write_set
 
 from softmoe_clip.data_pipelines import sample_facts
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.findings import by_kind, print_findings, write_findings
 from softmoe_clip.data_pipelines.ledger import read_ledger
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter
-
-
-def scene(seed: int, side: int = 96) -> Image.Image:
-    """Soft blobs: as much shape as a photograph has, different for each seed."""
-    rng = np.random.default_rng(seed)
-    blobs = Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8))
-    return blobs.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png(seed: int) -> bytes:
-    return encoded(scene(seed))
-
-
-def write(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def whole(key: str, seed: int) -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", png(seed)), (f"{key}.txt", f"caption {seed}".encode())]
 
 
 def found(report, *columns):
     return [tuple(finding[column] for column in columns) for finding in report.findings]
-
-
-def write_set(out, pictures, captions=None, shard_size=1000):
-    with ShardWriter(out, shard_size) as writer:
-        for number, picture in enumerate(pictures):
-            writer.add(picture, "png", [captions[number] if captions else f"caption {number}"])
-    return str(out)
 
 
 def test_good_shards_have_no_findings(tmp_path):

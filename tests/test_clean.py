@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_check import encoded, png, scene, whole, write
+from picture_shards import encoded, png, scene, whole, write
 
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.clean import write_clean

@@ -13,6 +13,7 @@ VERBS = (
     "demo",
     "pack",
     "check",
+    "stats",
     "train-tokenizer",
     "train",
     "config",
@@ -111,6 +112,7 @@ def test_help_and_early_mistakes_import_nothing_heavy(tiny_yaml, process_environ
         ["config", str(tiny_yaml), "optim.lrr=0.1"],
         ["pack", "nowhere", "out"],
         ["check", "nowhere"],
+        ["stats", "nowhere", "out"],
         ["unknown-verb"],
     ]
     program = LIGHT.replace("sys.argv_heavy", repr(json.dumps(HEAVY)))
@@ -166,6 +168,8 @@ MISTAKES = {
     "a missing source": (["pack", "nowhere", "out"], "nowhere"),
     "an empty source": (["pack", "empty", "out"], "empty"),
     "missing shards to check": (["check", "nowhere"], "nowhere"),
+    "missing shards to count": (["stats", "nowhere", "out"], "nowhere"),
+    "a full folder for the stats": (["stats", "nowhere", "half"], "half exists and is not empty"),
     "missing captions": (["train-tokenizer", "nowhere", "tokenizer.model"], "nowhere"),
     "a missing model": (["eval", "nowhere", "--suite", "{suite}"], "no model at nowhere"),
     "a folder that is no model": (["eval", "empty", "--suite", "{suite}"], "empty is no model folder"),

@@ -68,6 +68,28 @@ def check(
     raise typer.Exit(1 if report.num_errors or (strict and report.findings) else 0)
 
 
+def stats(
+    shards: str,
+    out: Path,
+    tokenizer: Annotated[str | None, typer.Option(help="count tokens with this tokenizer")] = None,
+    context_length: Annotated[int | None, typer.Option(help="tokens that the model takes")] = None,
+    jobs: Annotated[int | None, typer.Option(help="processes that read; one per core if not given")] = None,
+):
+    """Draw what is in a shard set: caption lengths, picture sizes, frequent words; into a page and pictures.
+
+    Example: softmoe-clip stats shards/train data_stats
+    """
+    from softmoe_clip.data_pipelines.new_folder import refuse_existing
+    from softmoe_clip.data_pipelines.stats import count, print_stats
+    from softmoe_clip.report.data_stats import write_stats
+
+    refuse_existing(out)
+    counted = count(shards, tokenizer, context_length, jobs)
+    page = write_stats(counted, shards, out)
+    print_stats(counted)
+    print(f"{counted.num_samples:,} samples in {counted.num_shards:,} shards: {page}")
+
+
 def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Option(help="pieces")] = 2000):
     """Make a sentencepiece tokenizer from the captions of shards.
 
