@@ -126,6 +126,14 @@ def test_what_is_the_same_everywhere_gets_no_chart(tmp_path):
     assert {file.stem for file in written.parent.glob("*.png")} == {"sizes", "ratios", "frequent_words"}
 
 
+def test_words_in_any_script_are_counted_and_shown(tmp_path):
+    captions = ["красная лиса", "红色的狐狸", "ثعلب أحمر", "a" * 300]
+    shards = write_set(tmp_path / "in", [encoded(scene(seed)) for seed in range(4)], captions)
+    text = write_stats(count(shards), "scripts", tmp_path / "out").read_text("utf-8")
+    for word in ("красная", "红色的狐狸", "أحمر"):
+        assert f">{word}</span>" in text
+
+
 def test_no_samples_is_an_error(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no samples"):

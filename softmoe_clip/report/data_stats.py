@@ -1,6 +1,7 @@
 """Draw what `data_pipelines.stats` counted: one PNG for each chart, and a self-contained page with all of them."""
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -128,10 +129,17 @@ def draw_histogram(axes, ink: Ink, values: Counter, mark: tuple[int, str] | None
         )  # fmt: skip
     if mark is not None:
         axes.axvline(mark[0] + 0.5, color=ink.second, linewidth=2)
+        left_half = mark[0] < (left[0] + left[-1]) / 2
         axes.annotate(
-            mark[1], (mark[0] + 0.5, 0.98), (-6, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha="right", va="top", color=ink.second,
-        )  # fmt: skip
+            mark[1],
+            (mark[0] + 0.5, 0.98),
+            (6 if left_half else -6, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="left" if left_half else "right",
+            va="top",
+            color=ink.second,
+        )
     tidy(axes)
 
 
@@ -170,7 +178,9 @@ def draw_words(axes, ink: Ink, stats: Stats) -> None:
     """Draw the share of captions that each of the commonest words is in."""
     words = stats.captions_with_word.most_common(NUM_WORDS_DRAWN)[::-1]
     shares = [100 * number / stats.num_captions for _, number in words]
-    axes.barh([word for word, _ in words], shares, color=ink.accent, height=0.72)
+    axes.barh(
+        [word if len(word) <= 14 else f"{word[:13]}..." for word, _ in words], shares, color=ink.accent, height=0.72
+    )
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelsize=10.5)
@@ -220,7 +230,11 @@ def drawn_png(chart: Chart) -> bytes:
     file = io.BytesIO()
     with rc_context({name: real.get(value, value) for name, value in STYLE.items()}):
         figure = figure_of(chart, ON_PAPER, title=True)
-        figure.savefig(file, format="png", dpi=144, facecolor=PAPER, metadata={"Software": None})
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # words in scripts that matplotlib's font lacks become boxes; the page has them
+            figure.savefig(file, format="png", dpi=144, facecolor=PAPER, metadata={"Software": None})
     return file.getvalue()
 
 
