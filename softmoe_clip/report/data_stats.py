@@ -16,6 +16,7 @@ from softmoe_clip.data_pipelines.stats import Stats, spread, spreads
 from softmoe_clip.report.plots import ACCENT, HAIR, SECOND, SOFT, STYLE, as_svg, thousands
 
 PAGE = "stats.html"
+WORDS = "frequent_words"  # drawn for PNG; the page has a list
 SIZE = (430, 240)  # CSS pixels of a chart
 PAPER = "#faf8f3"
 NUM_BARS = 40
@@ -79,7 +80,7 @@ def all_charts(stats: Stats) -> list[Chart]:
         ]
     if stats.captions_with_word:
         about = "The share of captions that each is in."
-        charts.append(Chart("frequent_words", "Most frequent words", about, partial(draw_words, stats=stats)))
+        charts.append(Chart(WORDS, "Most frequent words", about, partial(draw_words, stats=stats)))
     return [chart for chart in charts if chart is not None]
 
 
@@ -178,9 +179,8 @@ def draw_words(axes, ink: Ink, stats: Stats) -> None:
     """Draw the share of captions that each of the commonest words is in."""
     words = stats.captions_with_word.most_common(NUM_WORDS_DRAWN)[::-1]
     shares = [100 * number / stats.num_captions for _, number in words]
-    axes.barh(
-        [word if len(word) <= 14 else f"{word[:13]}..." for word, _ in words], shares, color=ink.accent, height=0.72
-    )
+    names = [word if len(word) <= 14 else f"{word[:13]}..." for word, _ in words]
+    axes.barh(names, shares, color=ink.accent, height=0.72)
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelsize=10.5)
@@ -202,7 +202,7 @@ def figure_of(chart: Chart, ink: Ink, title: bool):
     """Draw a chart, with its title inside if it stands alone."""
     from matplotlib.figure import Figure
 
-    words = chart.name == "frequent_words"
+    words = chart.name == WORDS
     width, height = SIZE[0], SIZE[1] * (1.7 if words else 1)
     left, top = 92 if words else 50, 46 if title else 14
     whole = height + top
@@ -245,7 +245,7 @@ def page(stats: Stats, title: str, charts: list[Chart]) -> str:
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    shown = [{**chart._asdict(), "svg": Markup(drawn_svg(chart))} for chart in charts]
+    shown = [{**chart._asdict(), "svg": Markup(drawn_svg(chart))} for chart in charts if chart.name != WORDS]
     words = stats.captions_with_word.most_common(NUM_WORDS)
     top = words[0][1] if words else 1
     return environment.get_template("stats.html.j2").render(
