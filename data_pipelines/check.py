@@ -1,9 +1,11 @@
 """Read every sample of a shard set once and list what is wrong with it, before a long run finds out."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -149,12 +151,17 @@ def read_contents(
 
 
 def wrong_counts(shards: Sequence[Shard], contents: Contents) -> Iterator[Finding]:
-    """Compare the number of samples with what the file beside a shard says."""
+    """Compare the number of samples with what the file beside a shard says, and its list of shards with the folder."""
     said = {shard.url: shard.num_samples for shard in shards}
     for url, name, part in zip(contents.urls, contents.names, contents.parts, strict=True):
         if said[url] not in (None, len(part.keys)):
             reason = f"holds {len(part.keys)} samples, the file beside it says {said[url]}"
             yield finding("wrong count", name, "", reason)
+    for sizes in dict.fromkeys(Path(shard.url).parent / "sizes.json" for shard in shards):
+        listed = json.loads(sizes.read_text("utf-8")) if sizes.is_file() else {}
+        for name in sorted(listed) if isinstance(listed, dict) else ():
+            if not (sizes.parent / name).exists():
+                yield finding("wrong count", name, "", f"is in {sizes}, but not there")
 
 
 def doubled_captions(contents: Contents) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
 
 def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: Iterable[str], shard: str) -> None:
     """Write one sample, with the fields of its .json and where it came from."""
-    extension = next(name for name, data in raw.members.items() if data is pair.image)
+    extension = next(name for name, data in raw.members.items() if data is pair.image).rpartition(".")[2]
     extra = fields(raw.members.get("json", b""))
     source = {"source_key": raw.key, "source_shard": shard}
     writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, {**source, **extra}, pair.label)

@@ -49,6 +49,8 @@ class Facts(NamedTuple):
 
 def index_shards(urls: list[str], num_workers: int) -> list[TarPart | str]:
     """Index every tar by its headers; a text says why one can't be read at all."""
+    if remote := next((url for url in urls if "://" in url), None):
+        raise ValueError(f"{remote} is not on this machine: copy the shards to a local folder first")
     with progress("finding samples", len(urls), "shards") as advance:
         parts = []
         for part in in_order(index_or_reason, urls, num_workers if len(urls) > FEW else 1):

@@ -93,7 +93,7 @@ def same_captions(facts: Facts) -> Iterator[tuple[np.ndarray, int]]:
     captions, owners = facts.captions[order], facts.owners[order]
     bounds = [0, *(np.flatnonzero(captions[1:] != captions[:-1]) + 1).tolist(), len(captions)]
     groups = [(owners[a:b], int(captions[a])) for a, b in pairwise(bounds) if b - a > 1]
-    yield from sorted(groups, key=lambda group: (group[0].tolist(), group[1]))
+    yield from sorted(groups, key=lambda group: (int(group[0][0]), group[1]))
 
 
 def doubles(facts: Facts, names: Sequence[str], same: Sequence[Place]) -> Iterator[Finding]:

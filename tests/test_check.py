@@ -68,7 +68,7 @@ def test_damage_of_whole_shards_wrong_counts_and_repeated_keys_are_found(tmp_pat
     (tmp_path / "3.tar").write_bytes(b"<html>404</html>")
     (tmp_path / "4.tar").write_bytes(b"")
     (tmp_path / "5.tar").write_bytes(b"\x1f\x8b" + bytes(600))
-    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 5}))
+    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 5, "9.tar": 5}))
     report = check(str(tmp_path))
     assert sorted(found(report, "shard", "kind", "key")) == [
         ("0.tar", "duplicate key", "a"),
@@ -80,6 +80,7 @@ def test_damage_of_whole_shards_wrong_counts_and_repeated_keys_are_found(tmp_pat
         ("3.tar", "broken tar", ""),
         ("4.tar", "broken tar", ""),
         ("5.tar", "broken tar", ""),
+        ("9.tar", "wrong count", ""),
     ]
     reasons = {shard: reason for shard, kind, reason in found(report, "shard", "kind", "reason") if "broken" in kind}
     for shard, text in ((1, "cut off"), (3, "is not a tar"), (4, "is empty"), (5, "is compressed")):
