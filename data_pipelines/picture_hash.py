@@ -20,8 +20,10 @@ FLAT = 4  # a picture whose 32 x 32 greys differ by less has no shapes
 # most, 5 % in 40 at the median. Products on white, the hardest photographs, begin to look alike at 56.
 MAX_BITS = 48
 MAX_COARSE_BITS = 10
-# Mean difference of the patches, out of 255: tells flags and icons apart that have one shape and other colours.
-MAX_COLOUR = 16
+# Tells flags and icons apart that have one shape and other colours, and lets a copy be brighter or warmer as a whole:
+# the patches may differ by a median, and each of them by so much more, out of 255.
+MAX_SHIFT = 40
+MAX_PATCH = 25
 QUERIES = 4096  # searched at a time
 
 FREQUENCIES = np.arange(NUM_FREQUENCIES)[:, None]
@@ -99,10 +101,17 @@ def _closest(base: Look, queries: Look, query: np.ndarray, hit: np.ndarray) -> l
     bits = np.bitwise_count(queries.shapes[query] ^ base.shapes[hit]).sum(1, dtype=np.int64)
     near = bits <= MAX_BITS
     query, hit, bits = query[near], hit[near], bits[near]
-    difference = np.abs(queries.colours[query].astype(np.int16) - base.colours[hit]).mean(1)
-    alike = difference <= MAX_COLOUR
+    alike = same_colours(queries.colours[query], base.colours[hit])
     query, hit, bits = query[alike], hit[alike], bits[alike]
     order = np.lexsort((hit, bits, query))
     query, hit, bits = query[order], hit[order], bits[order]
     first = np.flatnonzero(np.diff(query, prepend=-1))
     return list(zip(query[first].tolist(), hit[first].tolist(), bits[first].tolist(), strict=True))
+
+
+def same_colours(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Tell which of n pairs of colours (n, 48) are those of one picture, up to its exposure and tint."""
+    difference = (one.astype(np.float32) - other).reshape(-1, PATCHES**2, 3)
+    shift = np.median(difference, axis=1, keepdims=True) if len(difference) else difference
+    odd_patch = np.abs(difference - shift).mean(2).max(1)
+    return (odd_patch <= MAX_PATCH) & (np.abs(shift).mean((1, 2)) <= MAX_SHIFT)

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from softmoe_clip.data_pipelines.picture_hash import (
     HASH_BYTES,
     MAX_BITS,
     MAX_COARSE_BITS,
-    MAX_COLOUR,
+    MAX_PATCH,
+    MAX_SHIFT,
     MIN_SIDE,
     Look,
     look_of,
@@ -57,6 +59,8 @@ COPIES = {
     "enlarged": (lambda p: p.resize((p.width * 17 // 10, p.height * 17 // 10), Image.Resampling.BICUBIC), 1.0),
     "cropped by 3 %": (lambda p: cropped(p, 0.03), 0.98),
     "cropped by 5 %": (lambda p: cropped(p, 0.05), 0.7),
+    "brighter": (lambda p: p.point(lambda v: min(255, int(v * 1.15) + 5)), 0.98),
+    "darker": (lambda p: p.point(lambda v: int(v * 0.85)), 0.98),
     "all at once": (lambda p: recompressed(cropped(p, 0.03).resize((100, 100))), 0.98),
 }
 
@@ -108,6 +112,16 @@ def test_pictures_of_one_tone_have_no_look_to_compare():
     assert nearest_in(look([]), look([Image.linear_gradient("L").convert("RGB")])) == []
 
 
+def colours_differ(one, other) -> bool:
+    """Compare the patches one by one."""
+    patches = [
+        [int(a) - int(b) for a, b in zip(one[k : k + 3], other[k : k + 3], strict=True)] for k in range(0, 48, 3)
+    ]
+    shift = [statistics.median(patch[c] for patch in patches) for c in range(3)]
+    most = max(sum(abs(patch[c] - shift[c]) for c in range(3)) / 3 for patch in patches)
+    return most > MAX_PATCH or sum(map(abs, shift)) / 3 > MAX_SHIFT
+
+
 @pytest.mark.parametrize("multi", [False, True])
 def test_the_search_finds_what_a_comparison_of_all_pairs_finds(monkeypatch, multi):
     if multi:  # tables instead of a scan
@@ -115,23 +129,23 @@ def test_the_search_finds_what_a_comparison_of_all_pairs_finds(monkeypatch, mult
     rng = np.random.default_rng(0)
     n = 400
     shapes = rng.integers(0, 256, (n, HASH_BYTES), np.uint8)
-    colours = rng.integers(0, 256, (n, COLOUR_BYTES), np.uint8)
+    colours = rng.integers(60, 180, (n, COLOUR_BYTES), np.uint8)
     for copy in range(200, n):  # near copies of earlier ones, some too far
         source = rng.integers(copy)
         flipped = np.zeros(256, np.uint8)
         flipped[rng.choice(256, rng.integers(60), replace=False)] = 1
         shapes[copy] = shapes[source] ^ np.packbits(flipped)
-        shift = int(rng.integers(2 * MAX_COLOUR))
-        colours[copy] = np.clip(colours[source].astype(int) + shift, 0, 255)
+        shift = np.full((16, 3), rng.integers(1.2 * MAX_SHIFT))
+        shift[5] += rng.integers(-2 * MAX_PATCH, 2 * MAX_PATCH)
+        colours[copy] = np.clip(colours[source] + shift.ravel(), 0, 255)
     everything = Look(shapes, colours, rng.random(n) < 0.95)
     expected = []
     for i in everything.has_shapes.nonzero()[0]:
         bits = np.bitwise_count(shapes[i] ^ shapes[:i]).sum(1)
         coarse = np.bitwise_count(shapes[i, :8] ^ shapes[:i, :8]).sum(1)
-        colour = np.abs(colours[i].astype(int) - colours[:i]).mean(1)
         # The tables promise to find 8 coarse bits, and find nearly all up to 10.
-        near = (bits <= MAX_BITS) & (colour <= MAX_COLOUR) & (coarse <= (8 if multi else MAX_COARSE_BITS))
-        close = [(int(bits[j]), int(j)) for j in (near & everything.has_shapes[:i]).nonzero()[0]]
+        near = (bits <= MAX_BITS) & (coarse <= (8 if multi else MAX_COARSE_BITS)) & everything.has_shapes[:i]
+        close = [(int(bits[j]), int(j)) for j in near.nonzero()[0] if not colours_differ(colours[i], colours[j])]
         if close:
             expected.append((int(i), min(close)[1], min(close)[0]))
     found = nearest_earlier(everything)
