@@ -156,6 +156,11 @@ def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monk
         np.testing.assert_equal(ours, theirs)
 
 
+def test_a_reader_that_is_killed_is_one_sentence():
+    with pytest.raises(ValueError, match="killed: this is most often too little memory"):
+        list(sample_facts.in_order(os._exit, [3], num_workers=2))
+
+
 def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(tmp_path, capsys):
     report = check(write_set(tmp_path / "out", [png(0)] * 30))
     ledger = write_findings(tmp_path / "report" / "check.json", report.summary(), report.findings)

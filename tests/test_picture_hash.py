@@ -77,6 +77,14 @@ def test_copies_of_photographs_are_found_and_nothing_else():
         assert len(hits) >= least * 60, name
 
 
+@pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="needs SOFTMOE_CLIP_DATA with cifar10")
+def test_the_doubled_deer_of_cifar_10_is_found_in_train_and_test_though_its_tint_differs():
+    train, test = (sorted((DATA / "cifar10" / split / "deer").iterdir()) for split in ("train", "test"))
+    train_look, test_look = (look(decode_rgb(file.read_bytes()) for file in files) for files in (train, test))
+    found = [(train[a].name, test[b].name) for a, b, _ in nearest_in(test_look, train_look)]
+    assert found == [("2881.png", "0511.png")]
+
+
 @pytest.mark.slow
 @needs_photographs
 def test_of_28_million_pairs_of_photographs_only_the_doubled_one_is_found():
@@ -114,9 +122,8 @@ def test_pictures_of_one_tone_have_no_look_to_compare():
 
 def colours_differ(one, other) -> bool:
     """Compare the patches one by one."""
-    patches = [
-        [int(a) - int(b) for a, b in zip(one[k : k + 3], other[k : k + 3], strict=True)] for k in range(0, 48, 3)
-    ]
+    channels = [int(a) - int(b) for a, b in zip(one, other, strict=True)]
+    patches = [channels[k : k + 3] for k in range(0, 48, 3)]
     shift = [statistics.median(patch[c] for patch in patches) for c in range(3)]
     most = max(sum(abs(patch[c] - shift[c]) for c in range(3)) / 3 for patch in patches)
     return most > MAX_PATCH or sum(map(abs, shift)) / 3 > MAX_SHIFT
