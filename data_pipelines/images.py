@@ -9,9 +9,14 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-# Pillow's own warning level: 89 megapixels take about 270 MB as RGB. Read from the header, before decoding.
+# Pillow's own warning level: 89 megapixels take about 270 MB as RGB, four times as much with transparency on the way.
+# Read from the header, before decoding.
 MAX_PIXELS = 89_478_485
+# What phones and medium formats make today: such a JPEG is decoded at 1/2 or 1/4, so that no more than MAX_PIXELS come
+# out. Not a progressive one, whose coefficients lie in memory at full size.
+MAX_JPEG_PIXELS = 2**28
 # A progressive JPEG of a few kilobytes can ask for thousands of passes over a large picture; real ones have about ten.
 MAX_SCANS = 100
 # Formats that Pillow decodes by itself from memory; EPS, PDF or WMF would start other programs.
@@ -20,6 +25,10 @@ FORMATS = (
     *("PPM", "TGA", "PSD", "DDS", "PCX", "DCX", "SGI", "SUN", "QOI", "XBM", "XPM", "MSP", "IM", "FITS", "BLP", "FTEX"),
 )
 JPEG_FORMATS = ("JPEG", "MPO")
+JPEG_START = b"\xff\xd8\xff"
+# Their files often have a fourth channel that nobody filled: zero everywhere does not mean invisible.
+FORMATS_WITH_IDLE_ALPHA = ("TGA", "BMP", "DIB")
+FULL_SCALES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of sensors
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION_TAG = 0x0112
 PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
@@ -33,6 +42,10 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class TooLarge(ValueError):
+    """A picture that asks for more memory or time than any should: refused by its header, before it is decoded."""
 
 
 def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
@@ -49,16 +62,39 @@ def decode_rgb(data: bytes, min_side: int | None = None) -> Image.Image:
 def open_picture(data: bytes) -> ImageFile.ImageFile:
     """Read the header only and check the limits; pixels follow in `load_rgb`. Raises ValueError with the reason."""
     silence_pillow()
+    if not data:
+        raise ValueError("picture is empty: a file of 0 bytes")
     try:
-        picture = Image.open(io.BytesIO(data), formats=known_formats())
+        picture = read_header(data)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(reason_of(error)) from None
     except Exception as error:
         raise ValueError(reason_of(error)) from None
     width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"picture of {width}x{height} pixels is over the limit of {MAX_PIXELS:,} pixels")
+    if width * height > max_pixels(picture):
+        kind = picture.format + (" that is progressive" if "progressive" in picture.info else "")
+        raise TooLarge(
+            f"picture of {width}x{height} pixels is over the limit of {max_pixels(picture):,} pixels for {kind}"
+        )
     if picture.format in JPEG_FORMATS and (num_scans := data.count(b"\xff\xda")) > MAX_SCANS:
-        raise ValueError(f"JPEG with {num_scans} scans is over the limit of {MAX_SCANS}")
+        raise TooLarge(f"JPEG with {num_scans} scans is over the limit of {MAX_SCANS}")
     return picture
+
+
+def read_header(data: bytes) -> ImageFile.ImageFile:
+    """Open a picture with Pillow, whose own limit is meant for whole decoding, which a large JPEG does not need."""
+    try:
+        return Image.open(io.BytesIO(data), formats=known_formats())
+    except Image.DecompressionBombError:
+        if not data.startswith(JPEG_START):
+            raise
+        return JpegImageFile(io.BytesIO(data))
+
+
+def max_pixels(picture: ImageFile.ImageFile) -> int:
+    """Return how many pixels a picture may have: more where the decoder can make it smaller on the way."""
+    scales = picture.format in JPEG_FORMATS and "progressive" not in picture.info
+    return MAX_JPEG_PIXELS if scales else MAX_PIXELS
 
 
 @cache
@@ -89,7 +125,12 @@ def largest_shrink(side: float, min_side: int) -> int:
 
 
 def load_rgb(picture: ImageFile.ImageFile, shrink: int = 1) -> Image.Image:
-    """Decode an opened picture to upright RGB; a JPEG at 1/shrink of its size (1, 2, 4 or 8), rounded up."""
+    """Decode an opened picture to upright RGB; a JPEG at 1/shrink of its size (1, 2, 4 or 8), rounded up.
+
+    A JPEG of more than MAX_PIXELS is made smaller in any case.
+    """
+    while picture.width * picture.height > MAX_PIXELS * shrink**2:
+        shrink *= 2
     if shrink > 1 and picture.format in JPEG_FORMATS:
         picture.draft(None, tuple(max(side // shrink, 1) for side in picture.size))
     load_pixels(picture)
@@ -127,18 +168,27 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return wide_to_rgb(picture)
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
+        if picture.format in FORMATS_WITH_IDLE_ALPHA and rgba.getextrema()[3] == (0, 0):
+            return rgba.convert("RGB")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def wide_to_rgb(picture: Image.Image) -> Image.Image:
-    """Scale grey values of more than 8 bits; white is the smallest usual full scale that holds the largest value."""
-    grey = np.nan_to_num(np.asarray(picture).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    largest = float(grey.max(initial=0.0))
-    full_scales = (1, 255, 4095, 65535) if picture.mode == "F" else (255, 4095, 65535)
-    white = next((full for full in full_scales if largest <= full), largest)
-    return Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    """Scale grey values of more than 8 bits; white is the smallest usual full scale that holds the largest value.
+
+    Black is 0, or the smallest value where some are negative.
+    """
+    values = np.nan_to_num(np.asarray(picture).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    smallest, largest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    full_scales = FULL_SCALES if picture.mode != "F" else (1, *FULL_SCALES)
+    white = next((full for full in full_scales if largest <= full and smallest == 0), largest)
+    grey = (values - smallest) * (255 / max(white - smallest, 1e-30))
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
 
 
 def silence_pillow() -> None:
@@ -154,4 +204,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"picture is over the limit of {MAX_PIXELS:,} pixels"
     text = " ".join(str(error).split())[:200]
+    if re.fullmatch(r"-?\d+", text):
+        text = f"decoder error {text}"  # all that Pillow 11 says
     return f"picture does not decode: {text or type(error).__name__}"

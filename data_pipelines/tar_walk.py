@@ -123,16 +123,20 @@ def _walk_with_tarfile(descriptor: int, path: Path, num_bytes: int) -> Iterator[
         file.seek(0)
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-        except tarfile.TarError as error:
-            raise Damage(str(error)) from error
+        except Exception as error:  # a forged header makes tarfile fail in a dozen ways, MemoryError among them
+            raise Damage(str(error) or type(error).__name__) from error
+        last = -1
         while True:
             try:
                 info = tar.next()
-            except tarfile.TarError as error:
-                raise Damage(f"damaged near byte {tar.offset} ({error})") from error
+            except Exception as error:
+                raise Damage(f"damaged near byte {tar.offset} ({error or type(error).__name__})") from error
             tar.members = []  # tarfile keeps every member otherwise
             if info is None:
                 break
+            if info.size < 0 or info.offset <= last:  # else tarfile goes round in circles
+                raise Damage(f"damaged at byte {info.offset} (a member's size is negative)")
+            last = info.offset
             if info.isreg() and not info.issparse():
                 if info.offset_data + info.size > num_bytes:
                     raise Damage(f"cut off inside {info.name!r}")

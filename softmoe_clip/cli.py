@@ -12,6 +12,7 @@ VERBS = (
     training.demo,
     data.pack,
     data.check,
+    data.stats,
     data.train_tokenizer,
     training.train,
     training.config,

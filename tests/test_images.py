@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_clip.data_pipelines.images import MAX_PIXELS, MAX_SCANS, decode_rgb, largest_shrink
+from softmoe_clip.data_pipelines.images import (
+    MAX_JPEG_PIXELS,
+    MAX_PIXELS,
+    MAX_SCANS,
+    decode_rgb,
+    largest_shrink,
+    open_picture,
+)
 
 DATA = os.environ.get("SOFTMOE_CLIP_DATA")
+OTHERS_DIFFER = ("TIFF", "AVIF")
 needs_data = pytest.mark.skipif(not DATA, reason="SOFTMOE_CLIP_DATA names no folder of real pictures")
 
 
@@ -88,6 +96,47 @@ def test_wide_grey_values_are_scaled_not_clipped():
     np.testing.assert_allclose(unit, wide / 257, atol=0.51)
 
 
+def test_values_of_every_sensor_fill_the_scale_and_negative_ones_are_not_cut_off():
+    for bits in (8, 10, 12, 14, 16):
+        grey = np.asarray(decode_rgb(encoded(Image.fromarray(np.full((4, 4), 2**bits - 1, np.uint16)))))
+        assert (grey == 255).all(), bits
+    signed = np.linspace(-3, 1, 64).reshape(8, 8).astype(np.float32)
+    grey = np.asarray(decode_rgb(encoded(Image.fromarray(signed), "TIFF")))[..., 0]
+    np.testing.assert_allclose(grey, (signed + 3) * 255 / 4, atol=0.51)
+    see_through = Image.fromarray(np.array([[0, 500], [1023, 40]], np.uint16))
+    assert decode_rgb(encoded(see_through, transparency=40)).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_a_fourth_channel_that_nobody_filled_hides_nothing():
+    idle = Image.new("RGBA", (4, 4), (200, 30, 40, 0))
+    assert decode_rgb(encoded(idle, "TGA")).getpixel((0, 0)) == (200, 30, 40)
+    assert decode_rgb(encoded(idle, "PNG")).getpixel((0, 0)) == (255, 255, 255), "a PNG means what it says"
+
+
+def jpeg_header(width: int, height: int, progressive: bool = False) -> bytes:
+    """A JPEG that claims a size and holds a few pixels."""
+    data = bytearray(encoded(Image.new("L", (8, 8)), "JPEG", progressive=progressive))
+    place = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    data[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def test_a_jpeg_may_be_larger_than_what_is_decoded_whole():
+    phone = open_picture(jpeg_header(16_320, 12_240))  # beyond the size at which Pillow gives up
+    assert phone.size == (16_320, 12_240)
+    for data, limit in (
+        (jpeg_header(16_400, 16_400), f"16400x16400 pixels is over the limit of {MAX_JPEG_PIXELS:,} pixels for JPEG$"),
+        (jpeg_header(16_320, 12_240, progressive=True), f"{MAX_PIXELS:,} pixels for JPEG that is progressive"),
+        (png_header(9_500, 9_500), f"9500x9500 pixels is over the limit of {MAX_PIXELS:,} pixels for PNG"),
+    ):
+        with pytest.raises(ValueError, match=limit):
+            open_picture(data)
+    large = encoded(Image.linear_gradient("L").resize((9_600, 9_400)), "JPEG")
+    decoded = decode_rgb(large)
+    assert decoded.size == (4_800, 4_700)
+    assert abs(decoded.getpixel((2_400, 2_350))[0] - 128) < 3
+
+
 def test_cmyk_and_one_bit_pictures_become_rgb():
     cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
     red, green, blue = decode_rgb(encoded(cyan, "JPEG")).getpixel((8, 8))
@@ -99,7 +148,7 @@ def test_cmyk_and_one_bit_pictures_become_rgb():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no picture in a known format"),
+        (b"", "0 bytes"),
         (b"this is text, named .jpg", "no picture in a known format"),
         (encoded(quarters(), "JPEG")[:-100], "truncated"),
         (encoded(quarters(), "PNG")[:100], "truncated"),
@@ -170,7 +219,10 @@ def test_odd_pictures_decode_where_pillow_does_without_a_word(capfd):
         assert reason is None or "\n" not in reason
         width, height = entry["pillow"].get("size", (0, 0))
         expected = entry["pillow"]["decodes"] and width * height <= MAX_PIXELS
-        # Other versions of Pillow than the manifest's may differ on damaged files, never on the sound ones.
-        if manifest["pillow_version"] == Image.__version__ or entry["category"] not in ("damaged", "fuzz", "truncated"):
+        # Other versions of Pillow than the manifest's may differ on damaged files, and on sound ones of two formats:
+        # Pillow 11 and 12 read no TIFF in YCbCr without compression, 11.0 to 11.2 no AVIF. A reason they always give.
+        shaky = entry["category"] in ("damaged", "fuzz", "truncated")
+        differs = shaky or entry["pillow"].get("format") in OTHERS_DIFFER
+        if manifest["pillow_version"] == Image.__version__ or not differs:
             assert (reason is None) == expected, (entry["file"], reason)
     assert capfd.readouterr() == ("", "")

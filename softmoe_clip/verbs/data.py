@@ -60,18 +60,69 @@ def pack(
         print(f"{len(report.skipped):8,} skipped   listed in skipped.jsonl")
 
 
-def check(shards: str):
-    """Read every sample of a shard set once and list what is wrong.
+def check(
+    shards: str,
+    against: Annotated[str | None, typer.Option(help="shards that must not share pictures with these")] = None,
+    out: Annotated[Path | None, typer.Option(help="list all findings in this .json, and in a .jsonl beside it")] = None,
+    fix: Annotated[Path | None, typer.Option(help="write clean shards to this folder")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 for warnings, too")] = False,
+    processes: Annotated[int, typer.Option(help="processes that will train on the shards")] = 1,
+    workers: Annotated[int, typer.Option(help="loader workers of each of them")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="processes that read now; one per core if not given")] = None,
+):
+    """Read every sample of a shard set once and list what is wrong; exit with 1 where there are errors.
 
-    Example: softmoe-clip check shards/train
+    Example: softmoe-clip check shards/train --against shards/val
     """
     from softmoe_clip.data_pipelines.check import check
+    from softmoe_clip.data_pipelines.clean import write_clean
+    from softmoe_clip.data_pipelines.findings import ledger_beside, print_findings, write_findings
+    from softmoe_clip.data_pipelines.new_folder import refuse_existing
 
-    report = check(shards)
-    for finding in report.findings:
-        print(f"{finding['severity']}  {finding['shard']}  {finding['key']}  {finding['reason']}")
-    print(f"{report.num_samples:,} samples, {len(report.findings):,} findings")
-    raise typer.Exit(1 if any(f["severity"] == "error" for f in report.findings) else 0)
+    if out is not None:
+        ledger_beside(out)
+    if fix is not None:
+        refuse_existing(fix)
+    report = check(shards, against, processes, workers, jobs)
+    if report.findings:
+        print_findings(report.findings)
+    num_warnings = len(report.findings) - report.num_errors
+    print(
+        f"{report.num_samples:,} samples, {len(report.findings):,} findings"
+        + (f": {report.num_errors:,} errors, {num_warnings:,} warnings" if report.findings else "")
+    )
+    if out is not None:
+        about = {"shards": shards, "against": against, **report.summary()}
+        print(f"all findings: {out} and {write_findings(out, about, report.findings)}")
+    if fix is not None:
+        cleaned = write_clean(report, fix)
+        print(
+            f"{cleaned.num_written:,} samples in {fix}, {cleaned.num_dropped:,} left out, "
+            f"{cleaned.num_joined:,} joined with a sample that has the same picture"
+        )
+    raise typer.Exit(1 if report.num_errors or (strict and report.findings) else 0)
+
+
+def stats(
+    shards: str,
+    out: Path,
+    tokenizer: Annotated[str | None, typer.Option(help="count tokens with this tokenizer")] = None,
+    context_length: Annotated[int | None, typer.Option(help="tokens that the model takes")] = None,
+    jobs: Annotated[int | None, typer.Option(help="processes that read; one per core if not given")] = None,
+):
+    """Draw what is in a shard set: caption lengths, picture sizes, frequent words; into a page and pictures.
+
+    Example: softmoe-clip stats shards/train data_stats
+    """
+    from softmoe_clip.data_pipelines.new_folder import refuse_existing
+    from softmoe_clip.data_pipelines.stats import count, print_stats
+    from softmoe_clip.report.data_stats import write_stats
+
+    refuse_existing(out)
+    counted = count(shards, tokenizer, context_length, jobs)
+    page = write_stats(counted, shards, out)
+    print_stats(counted)
+    print(f"{counted.num_samples:,} samples in {counted.num_shards:,} shards: {page}")
 
 
 def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Option(help="pieces")] = 2000):

@@ -1,0 +1,89 @@
+"""Write a checked shard set anew, without what is wrong with it."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from softmoe_clip.data_pipelines.check import CheckReport
+from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.sample_facts import plain, raw_samples
+from softmoe_clip.data_pipelines.samples import Pair, read_pair
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
+from softmoe_clip.data_pipelines.tar_index import RawSample
+
+
+class Cleaned(NamedTuple):
+    """How many samples were written, how many left out, and how many doubles gave their captions to another."""
+
+    num_written: int
+    num_dropped: int
+    num_joined: int
+
+
+def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) -> Cleaned:
+    """Write the samples without errors and leaks to OUT, with new keys and counts; skipped.jsonl names the others.
+
+    Of pictures that are the same byte for byte the first stays, and takes over the captions of its doubles. Nearly
+    doubled pictures stay. Raises ValueError where nothing is left, or OUT is not empty.
+    """
+    contents = report.contents
+    if not len(contents.facts.keys) > len(report.dropped):
+        raise ValueError(f"no sample is good, so there is nothing to write to {out}: pack the pictures again")
+    joins = doubles_to_join(report)
+    keys, names = contents.facts.keys, contents.names
+    left_out = dict(report.dropped)
+    left_out |= {double: f"the same picture as {keys[kept]}, joined" for kept, ds in joins.items() for double in ds}
+    with ShardWriter(out, shard_size) as writer, progress("writing", report.num_samples, "samples") as advance:
+        sample = -1
+        for url, name, part in zip(contents.urls, names, contents.parts, strict=True):
+            for raw in raw_samples(url, part):
+                sample += 1
+                advance()
+                if sample in left_out:
+                    continue
+                pair = read_pair(raw)
+                captions: dict[str, str] = {}
+                for texts in (pair.captions, *(read_pair(contents.read(double)).captions for double in joins[sample])):
+                    for text in texts:
+                        captions.setdefault(plain(text), text)
+                add(writer, raw, pair, captions.values(), name)
+        lines = [
+            {"key": keys[sample], "shard": names[contents.facts.shards[sample]], "reason": reason}
+            for sample, reason in sorted(left_out.items())
+        ]
+        if lines:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_synced(writer.folder / "skipped.jsonl", text)
+    return Cleaned(writer.num_samples, len(report.dropped), len(left_out) - len(report.dropped))
+
+
+def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
+    """Gather, by the first sample that is kept, the later ones with the same picture."""
+    joins: dict[int, list[int]] = defaultdict(list)
+    keeper: dict[int, int] = {}
+    for double, first in sorted(report.doubles.items()):
+        if double in report.dropped:
+            continue
+        kept = keeper.setdefault(first, double if first in report.dropped else first)
+        if kept != double:
+            joins[kept].append(double)
+    return joins
+
+
+def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: Iterable[str], shard: str) -> None:
+    """Write one sample, with the fields of its .json and where it came from."""
+    extension = next(name for name, data in raw.members.items() if data is pair.image).rpartition(".")[2]
+    extra = fields(raw.members.get("json", b""))
+    source = {"source_key": raw.key, "source_shard": shard}
+    writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, {**source, **extra}, pair.label)
+
+
+def fields(data: bytes) -> dict:
+    """Read a .json member; nothing of one that is damaged or holds no fields."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,98 @@
+"""check --fix: shards without what is wrong, with right counts, and every sample accounted for."""
+
+import json
+
+import pytest
+from picture_shards import encoded, png, scene, whole, write
+
+from softmoe_clip.data_pipelines.check import check
+from softmoe_clip.data_pipelines.clean import write_clean
+from softmoe_clip.data_pipelines.ledger import read_ledger
+from softmoe_clip.data_pipelines.samples import read_pair
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Two shards with one fault of each kind that costs a sample."""
+    near = encoded(scene(0).resize((70, 70)))
+    about = json.dumps({"licence": "free", "key": "old"}).encode()
+    (tmp_path / "in").mkdir()
+    write(
+        tmp_path / "in" / "0.tar",
+        [
+            *whole("a", 0),
+            ("a.json", about),
+            *whole("b", 1),
+            ("c.png", png(2)[:300]),
+            ("c.txt", b"cut"),
+            *whole("a", 3),
+            ("d.png", png(0)),
+            ("d.txt", b"another caption\nCaption  0"),
+        ],
+    )
+    write(tmp_path / "in" / "1.tar", [("e.png", near), ("e.txt", b"smaller"), ("f.png", png(4)), *whole("g", 1)])
+    (tmp_path / "in" / "sizes.json").write_text(json.dumps({"0.tar": 7, "1.tar": 3}))
+    (tmp_path / "in" / "2.tar").write_bytes(b"no tar")
+    return tmp_path / "in"
+
+
+def samples(folder):
+    shards = ShardSet.open(str(folder))
+    return [shards.read(index) for index in range(len(shards))]
+
+
+def test_clean_shards_have_no_errors_and_the_counts_add_up(spoilt, tmp_path):
+    report = check(str(spoilt))
+    assert report.num_errors == 5  # two pictures, a key, a tar, a count
+    cleaned = write_clean(report, tmp_path / "out", shard_size=3)
+    assert cleaned == (4, 2, 2)
+    assert sum(cleaned) == report.num_samples
+    again = check(str(tmp_path / "out"))
+    assert (again.num_samples, again.num_errors) == (4, 0)
+    assert {finding["kind"] for finding in again.findings} == {"near picture"}
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 1}
+    skipped = read_ledger(tmp_path / "out" / "skipped.jsonl")
+    assert [(entry["key"], entry["shard"]) for entry in skipped] == [
+        ("c", "0.tar"), ("d", "0.tar"), ("f", "1.tar"), ("g", "1.tar"),
+    ]  # fmt: skip
+    assert "truncated" in skipped[0]["reason"]
+    assert skipped[1]["reason"] == "the same picture as a, joined"
+
+
+def test_doubles_give_their_captions_to_the_first_and_pictures_keep_their_bytes_and_fields(spoilt, tmp_path):
+    write_clean(check(str(spoilt)), tmp_path / "out")
+    first, second, *_ = samples(tmp_path / "out")
+    assert read_pair(first).captions == ("caption 0", "another caption")
+    assert read_pair(first).image == png(0)
+    about = json.loads(first.members["json"])
+    assert about["licence"] == "free"
+    assert (about["key"], about["source_key"], about["source_shard"]) == ("000000000", "a", "0.tar")
+    assert read_pair(second).captions == ("caption 1",), "the double had the same one"
+
+
+def test_leaks_are_left_out_too(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    write(tmp_path / "train" / "0.tar", [*whole("a", 0), *whole("b", 1), *whole("c", 0), *whole("d", 3)])
+    write(tmp_path / "val" / "0.tar", [*whole("x", 0), ("y.png", encoded(scene(3).resize((64, 64)))), ("y.txt", b"y")])
+    report = check(str(tmp_path / "train"), against=str(tmp_path / "val"))
+    assert write_clean(report, tmp_path / "out") == (1, 3, 0)
+    assert read_pair(samples(tmp_path / "out")[0]).captions == ("caption 1",)
+
+
+def test_labels_stay(tmp_path):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "0.tar", [("a.jpeg", encoded(scene(0), "JPEG")), ("a.cls", b"7"), ("b.png", b"")])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert (read_pair(sample).label, read_pair(sample).captions) == (7, ())
+    assert "jpg" in sample.members
+
+
+def test_nothing_good_writes_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "0.tar", [("a.png", b""), ("a.txt", b"a")])
+    with pytest.raises(ValueError, match="no sample is good"):
+        write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
