@@ -19,6 +19,7 @@ class DataConfig:
     # crop: random crops; none: the whole picture as evaluation sees it, which is also what `image_features` holds.
     augment: Literal["crop", "none"] = "crop"
     image_features: str | None = None  # a folder of `embed --features trunk`, taken instead of pictures (LiT)
+    window: int = 32  # shards that are mixed with each other while the disk reads the next ones; 0: all of them
 
     def __post_init__(self):
         # omegaconf hands tuples over as lists; a frozen dataclass should stay hashable.
@@ -35,6 +36,8 @@ class DataConfig:
             raise ValueError("data.image_features are those of whole pictures: set data.augment=none with it")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if self.window < 0:
+            raise ValueError(f"data.window must be a number of shards, or 0 for all, got {self.window}")
 
 
 def checked_crop_scale(crop_scale) -> tuple[float, float]:

@@ -24,6 +24,7 @@ def test_defaults_are_the_soft_moe_recipe():
         ({"crop_scale": (0.5,)}, "data.crop_scale"),
         ({"crop_scale": (float("nan"), 1.0)}, "data.crop_scale"),
         ({"num_workers": -1}, "data.num_workers"),
+        ({"window": -1}, "data.window must be a number of shards"),
         ({"augment": "flip"}, "data.augment must be crop or none"),
         ({"augment": "none", "flip": True}, "pictures cannot be mirrored"),
         ({"image_features": "embeddings"}, "set data.augment=none"),

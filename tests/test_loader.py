@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from softmoe_clip.data_pipelines.loader import Draws, TrainBatches, eval_batches, train_batches
+from softmoe_clip.data_pipelines.order import WindowedOrder
 from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -222,7 +223,7 @@ def test_evaluation_meets_each_good_sample_once_in_order(shards, batch_size, num
 
 
 def test_everything_a_worker_needs_can_be_pickled(shards):
-    draws = Draws(shards, CROP, 0, "random", False)
+    draws = Draws(shards, WindowedOrder(0, tuple(shards.counts)), CROP, 0, "random", False)
     items = TrainBatches(draws, Letters(), 0, 4, 4, 2)
     again = pickle.loads(pickle.dumps(items))
     assert torch.equal(again[1].images, items[1].images)

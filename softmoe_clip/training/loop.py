@@ -98,6 +98,7 @@ def train(config: TrainConfig) -> Path:
         num_workers=config.data.num_workers,
         caption=config.data.caption,
         shuffle_captions=config.data.shuffle_captions,
+        window=config.data.window,
     )
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
     with log, stop_signals() as stop, bar as advance:

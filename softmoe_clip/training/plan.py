@@ -69,6 +69,7 @@ def timed_steps(
         seed=config.seed,
         num_batches=WARM_STEPS + TIMED_STEPS,
         num_workers=config.data.num_workers,
+        window=config.data.window,
     )
     times = []
     begin = perf_counter()
