@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.ledger import Replacement
-from softmoe_clip.data_pipelines.order import WindowedOrder, substitute_at
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.read_ahead import ReadAhead
 from softmoe_clip.data_pipelines.samples import BadSample, Pair, read_pair
@@ -72,7 +72,7 @@ def train_batches(
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if shuffle_captions and len(shards) < 2:
         raise ValueError("shuffle_captions needs two samples or more")
-    order = WindowedOrder(seed, tuple(shards.counts), window)
+    order = Mixture.of(seed, shards.counts, shards.sources, window)
     draws = Draws(shards, order, picture, seed, caption, shuffle_captions)
     local_size = batch_size // world_size
     batches = TrainBatches(draws, tokenizer, start + rank * local_size, local_size, batch_size, num_batches)
@@ -113,7 +113,7 @@ class Draws:
     """What stands at each position: sample, caption and picture, all drawn from (seed, position)."""
 
     shards: ShardSet
-    order: WindowedOrder
+    order: Mixture
     picture: Picture
     seed: int
     caption: Literal["random", "first"]
@@ -140,7 +140,7 @@ class Draws:
                     f"nearly all samples are bad: {len(bad)} in a row at position {position}, the last is {bad[-1]}; "
                     "run `softmoe-clip check` on these shards"
                 )
-            sample = substitute_at(self.seed, len(self.shards), position, len(bad) - 1)
+            sample = self.order.substitute_at(position, len(bad) - 1)
             raw = self.shards.read(sample)
 
     def picture_and_caption(self, position: int, sample: int, raw: RawSample) -> tuple[Tensor, str]:

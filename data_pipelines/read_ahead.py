@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from softmoe_clip.data_pipelines.order import WindowedOrder
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 STEP = 128 * 1024  # Linux cuts a request at the disk's read-ahead size, by default this
@@ -20,14 +20,16 @@ class ReadAhead:
     system has no such call, or two windows would not fit into memory, it does nothing.
     """
 
-    def __init__(self, shards: ShardSet, order: WindowedOrder, start: int, batch_size: int):
+    def __init__(self, shards: ShardSet, order: Mixture, start: int, batch_size: int):
         self.shards, self.order, self.start, self.batch_size = shards, order, start, batch_size
         self.told: dict[tuple[int, ...], int] = {}  # bytes of each window
         self.wanted: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
         self.stopped = threading.Event()
-        largest = sum(sorted((part.num_bytes for part in shards.parts), reverse=True)[: 2 * order.window])
+        windowed = [source for source in order.orders if not source.is_one_window]
+        num_shards = 2 * sum(source.window for source in windowed)
+        largest = sum(sorted((part.num_bytes for part in shards.parts), reverse=True)[:num_shards])
         fits = hasattr(os, "posix_fadvise") and largest < SHARE_OF_MEMORY * memory()
-        self.is_useful = fits and not order.is_one_window
+        self.is_useful = fits and bool(windowed)
 
     def __enter__(self) -> "ReadAhead":
         if self.is_useful:
@@ -40,9 +42,10 @@ class ReadAhead:
     def __call__(self, number: int) -> None:
         if not self.is_useful:
             return
-        current, following, share = self.order.windows_from(self.start + number * self.batch_size)
+        at = self.order.windows_at(self.start + number * self.batch_size)
+        parts = [part for now in at for part in ((tuple(now.shards), 1.0), (tuple(now.following), now.share))]
         before, self.told = self.told, {}
-        for window, part in ((tuple(current), 1.0), (tuple(following), share)):
+        for window, part in parts:
             sizes = [self.shards.parts[shard].num_bytes for shard in window]
             start = before.get(window, 0)
             self.told[window] = max(start, int(part * sum(sizes)))

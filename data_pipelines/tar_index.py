@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.mixture import Source
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shards import find_shards
 from softmoe_clip.data_pipelines.tar_walk import BLOCK, TarPart, index_tar
@@ -33,9 +34,10 @@ class RawSample(NamedTuple):
 class ShardSet:
     """All samples of a list of shards, by one global number in shard order. It can be pickled and forked."""
 
-    def __init__(self, urls: Sequence[str], parts: Sequence[TarPart]):
+    def __init__(self, urls: Sequence[str], parts: Sequence[TarPart], sources: Sequence[Source] = ()):
         self.urls = list(urls)
         self.parts = list(parts)
+        self.sources = list(sources) or [Source(len(self.urls))]
         self.counts = [len(part.keys) for part in self.parts]
         self.problems = [problem for part in self.parts for problem in part.problems]
         self._first = np.cumsum([0, *self.counts]).tolist()
@@ -54,6 +56,15 @@ class ShardSet:
             reason = f" ({shard_set.problems[0]})" if shard_set.problems else ""
             raise ValueError(f"the shards of {pattern} hold no samples{reason}: make shards with `softmoe-clip pack`")
         return shard_set
+
+    @classmethod
+    def joined(cls, sets: Sequence["ShardSet"], weights: Sequence[float]) -> "ShardSet":
+        """Put several sets one after the other, as sources that training draws from by weight."""
+        return cls(
+            [url for shard_set in sets for url in shard_set.urls],
+            [part for shard_set in sets for part in shard_set.parts],
+            [Source(len(shard_set.urls), weight) for shard_set, weight in zip(sets, weights, strict=True)],
+        )
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -89,7 +100,7 @@ class ShardSet:
         return digest.hexdigest()
 
     def __reduce__(self):
-        return ShardSet, (self.urls, self.parts)  # open files stay in their process
+        return ShardSet, (self.urls, self.parts, self.sources)  # open files stay in their process
 
 
 class _Descriptor:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from softmoe_clip.data_pipelines.loader import Draws, TrainBatches, eval_batches, train_batches
-from softmoe_clip.data_pipelines.order import WindowedOrder
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -147,6 +147,22 @@ def test_each_pass_meets_each_good_sample_and_replaces_each_bad_one(shards):
     assert "pixels" in reasons[30]
 
 
+def test_sources_are_drawn_by_weight_and_replaced_within_themselves(shards, tmp_path):
+    with ShardWriter(tmp_path / "more") as writer:
+        for number in range(7):
+            writer.add(picture(number), "jpg", [] if number == 3 else ["more"])
+    both = ShardSet.joined([shards, ShardSet.open(str(tmp_path / "more"))], [3.0, 1.0])
+    found = batches(both, batch_size=100, num_batches=10)
+    assert_same(found, batches(both, batch_size=100, num_batches=10, num_workers=2))
+    captions = [caption for batch in found for caption in batch.captions]
+    assert captions.count("more") == 250
+    replaced = [entry for batch in found for entry in batch.replaced]
+    assert {entry.key for entry in replaced} >= {"000000003", "000000004"}
+    for entry in replaced:
+        own = entry.key == "000000003"
+        assert (captions[entry.position] == "more") == own
+
+
 def test_shuffled_captions_belong_to_other_pictures(shards):
     shuffled = batches(shards, shuffle_captions=True)
     assert_same(shuffled, batches(shards, shuffle_captions=True, num_workers=2))
@@ -223,7 +239,7 @@ def test_evaluation_meets_each_good_sample_once_in_order(shards, batch_size, num
 
 
 def test_everything_a_worker_needs_can_be_pickled(shards):
-    draws = Draws(shards, WindowedOrder(0, tuple(shards.counts)), CROP, 0, "random", False)
+    draws = Draws(shards, Mixture.of(0, shards.counts, shards.sources, 0), CROP, 0, "random", False)
     items = TrainBatches(draws, Letters(), 0, 4, 4, 2)
     again = pickle.loads(pickle.dumps(items))
     assert torch.equal(again[1].images, items[1].images)

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from softmoe_clip.data_pipelines import read_ahead
-from softmoe_clip.data_pipelines.order import WindowedOrder
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.read_ahead import ReadAhead, spans
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -37,7 +37,7 @@ def test_spans_cut_bytes_at_the_files_ends():
 
 
 def test_each_window_is_asked_for_once_and_before_it_begins(shards):
-    order = WindowedOrder(0, tuple(shards.counts), 3)
+    order = Mixture.of(0, shards.counts, shards.sources, 3)
     ahead = ReadAhead(shards, order, start=0, batch_size=2)
     known = dict.fromkeys(shards.urls, 0)
     for number in range(10):  # up to the last window of the pass: the next pass meets the shards again
@@ -45,7 +45,7 @@ def test_each_window_is_asked_for_once_and_before_it_begins(shards):
         for url, start, end in asked(ahead):
             assert start == known[url], "no byte is asked for twice, and none is left out"
             known[url] = end
-        current, following, share = order.windows_from(2 * number)
+        [(current, following, share)] = order.windows_at(2 * number)
         assert all(known[shards.urls[shard]] == os.path.getsize(shards.urls[shard]) for shard in current)
         told = sum(known[shards.urls[shard]] for shard in following)
         assert told == int(share * sum(os.path.getsize(shards.urls[shard]) for shard in following))
@@ -60,13 +60,13 @@ def test_the_thread_asks_the_system_and_ends_with_the_iteration(shards, monkeypa
 
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     monkeypatch.setattr(read_ahead, "STEP", 10_000)
-    with ReadAhead(shards, WindowedOrder(0, tuple(shards.counts), 3), 0, 2) as ahead:
+    with ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2) as ahead:
         ahead(0)
         assert calls.acquire(timeout=5)
         while calls.acquire(timeout=0.2):
             pass
     sizes = {os.stat(url).st_ino: os.path.getsize(url) for url in shards.urls}
-    window = ahead.order.windows_from(0)[0]
+    window = ahead.order.windows_at(0)[0].shards
     assert {file for file, *_ in advised} == {os.stat(shards.urls[shard]).st_ino for shard in window}
     for file in {file for file, *_ in advised}:
         assert sum(size for found, _, size, _ in advised if found == file) == sizes[file]
@@ -74,7 +74,7 @@ def test_the_thread_asks_the_system_and_ends_with_the_iteration(shards, monkeypa
 
 
 def test_sets_of_one_window_or_larger_than_memory_are_left_to_the_system(shards, monkeypatch):
-    assert not ReadAhead(shards, WindowedOrder(0, tuple(shards.counts), 10), 0, 2).is_useful
-    assert ReadAhead(shards, WindowedOrder(0, tuple(shards.counts), 3), 0, 2).is_useful
+    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 10), 0, 2).is_useful
+    assert ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).is_useful
     monkeypatch.setattr(read_ahead, "memory", lambda: 1000)
-    assert not ReadAhead(shards, WindowedOrder(0, tuple(shards.counts), 3), 0, 2).is_useful
+    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).is_useful

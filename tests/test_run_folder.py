@@ -67,6 +67,7 @@ def test_what_makes_no_other_run_may_change(run, tiny_config, change):
         ("model.image_moe=null", "model.image_moe.num_experts: 4 then, None now"),
         ("loss=clip", "loss: 'siglip' then, 'clip' now"),
         ("data.val=elsewhere", "data.val: None then, 'elsewhere' now"),
+        ("data.train=[{shards: a, weight: 2}]", r"data.train: .* then, \[{'shards': 'a', 'weight': 2.0}\] now"),
         ("data.window=8", "data.window: 32 then, 8 now"),
     ],
 )

@@ -14,7 +14,7 @@ from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
 from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_set import open_train
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
 from softmoe_clip.models.trunk import FromFeatures
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Path:
 
     accelerator = make_accelerator(config.precision)
     device, is_main = accelerator.device, accelerator.is_main_process
-    shards = ShardSet.open(config.data.train)
+    shards = open_train(config.data)
     check_measured(config)
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)

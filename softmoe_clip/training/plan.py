@@ -10,6 +10,7 @@ from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_set import open_train
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.models.trunk import FromFeatures
@@ -27,7 +28,7 @@ def print_plan(config: TrainConfig) -> None:
     from rich.table import Table
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards = ShardSet.open(config.data.train)
+    shards = open_train(config.data)
     schedule(config.optim, config.last_step)  # refuses here what training would refuse
     loaded = build(config)
     model = loaded.model

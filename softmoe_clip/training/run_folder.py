@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
+from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.run_log import environment
 
 
@@ -59,7 +60,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
         raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
     if json.loads((run / "versions.json").read_text())["data"] != fingerprint:
         raise ValueError(
-            f"{run} was begun with other data than {config.data.train} holds now: give another folder as out"
+            f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
 
 
