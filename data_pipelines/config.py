@@ -37,6 +37,8 @@ class DataConfig:
     # crop: random crops; none: the whole picture as evaluation sees it, which is also what `image_features` holds.
     augment: Literal["crop", "none"] = "crop"
     image_features: str | None = None  # a folder of `embed --features trunk`, taken instead of pictures (LiT)
+    cache: str | None = None  # a folder for copies of remote shards; None: this user's cache folder
+    cache_gib: float = 50.0  # and how large it may get
     window: int = 32  # shards that are mixed with each other while the disk reads the next ones; 0: all of them
 
     def __post_init__(self):
@@ -53,6 +55,8 @@ class DataConfig:
             raise ValueError("data.image_features are those of whole pictures: set data.augment=none with it")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if not self.cache_gib > 0:
+            raise ValueError(f"data.cache_gib must be above 0, got {self.cache_gib}")
         if self.window < 0:
             raise ValueError(f"data.window must be a number of shards, or 0 for all, got {self.window}")
 

@@ -32,6 +32,7 @@ def test_defaults_are_the_soft_moe_recipe():
         ({"train": [{"weight": 2}]}, "shards is missing"),
         ({"train": [{"shards": "a", "weight": 0}]}, "weight must be above 0, got 0.0 for a"),
         ({"train": [{"shards": "a", "weight": "much"}]}, "weight in the config must be a number"),
+        ({"cache_gib": 0}, "data.cache_gib must be above 0"),
         ({"window": -1}, "data.window must be a number of shards"),
         ({"augment": "flip"}, "data.augment must be crop or none"),
         ({"augment": "none", "flip": True}, "pictures cannot be mirrored"),

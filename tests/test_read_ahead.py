@@ -74,7 +74,7 @@ def test_the_thread_asks_the_system_and_ends_with_the_iteration(shards, monkeypa
 
 
 def test_sets_of_one_window_or_larger_than_memory_are_left_to_the_system(shards, monkeypatch):
-    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 10), 0, 2).is_useful
-    assert ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).is_useful
+    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 10), 0, 2).advises
+    assert ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).advises
     monkeypatch.setattr(read_ahead, "memory", lambda: 1000)
-    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).is_useful
+    assert not ReadAhead(shards, Mixture.of(0, shards.counts, shards.sources, 3), 0, 2).advises
