@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,60 @@ import numpy as np
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 INDEX_NAME = "index.npz"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+
+
+class Packed(Sequence):
+    """Many short strings, decoded one at a time out of an array that forked processes share: millions open at once."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Packed":
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        return cls(
+            np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([len(part) for part in encoded], dtype=np.int64)
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # raises IndexError, counts from the end
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        text, start = self.text.tobytes(), 0
+        for end in self.ends.tolist():
+            yield text[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+
+class Chosen(Sequence):
+    """Strings of which only a few differ, as numbers."""
+
+    def __init__(self, numbers: np.ndarray, strings: list[str]):
+        self.numbers, self.strings = numbers, strings
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        found = self.numbers[index]
+        return [self.strings[number] for number in found] if isinstance(index, slice) else self.strings[found]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.strings[number] for number in self.numbers.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
 
 
 def save_index(path: str | Path, parts: Iterable[TarPart]) -> None:
@@ -21,10 +74,10 @@ def save_index(path: str | Path, parts: Iterable[TarPart]) -> None:
     text = {
         "version": INDEX_VERSION,
         "names": [part.name for part in parts],
-        "keys": [part.keys for part in parts],
         "problems": [part.problems for part in parts],
         "extensions": extensions,
     }
+    keys = [Packed.of(part.keys) for part in parts]
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -32,6 +85,9 @@ def save_index(path: str | Path, parts: Iterable[TarPart]) -> None:
                 file,
                 text=np.frombuffer(json.dumps(text).encode("ascii"), np.uint8),
                 num_bytes=np.array([part.num_bytes for part in parts], np.int64),
+                num_samples=np.array([len(part.keys) for part in parts], np.int64),
+                keys=_joined([packed.text for packed in keys], np.uint8),
+                key_ends=_joined([packed.ends for packed in keys], np.int64),
                 num_members=np.array([len(part.offsets) for part in parts], np.int64),
                 starts=_joined([part.starts for part in parts], np.int64),
                 extensions=_joined([np.array([ids[e] for e in part.extensions], np.int32) for part in parts], np.int32),
@@ -59,19 +115,28 @@ def _parts(arrays: dict[str, np.ndarray]) -> list[TarPart]:
     text = json.loads(arrays["text"].tobytes())
     if text["version"] != INDEX_VERSION:
         return []
-    num_samples = [len(keys) for keys in text["keys"]]
+    num_samples, num_members = arrays["num_samples"], arrays["num_members"]
     lengths = {len(arrays[name]) for name in ("extensions", "offsets", "sizes", "header_crcs")}
-    if lengths != {arrays["num_members"].sum()} or len(arrays["starts"]) != sum(num_samples) + len(num_samples):
+    if (
+        lengths != {num_members.sum()}
+        or len(arrays["key_ends"]) != num_samples.sum()
+        or len(arrays["starts"]) != num_samples.sum() + len(num_samples)
+        or not len(num_samples) == len(num_members) == len(text["names"]) == len(arrays["num_bytes"])
+    ):
         raise ValueError("the arrays do not fit together")
-    starts = np.split(arrays["starts"], np.cumsum([count + 1 for count in num_samples])[:-1])
-    ends = np.cumsum(arrays["num_members"])[:-1]
+    if np.any(arrays["extensions"] < 0) or np.any(arrays["extensions"] >= len(text["extensions"])):
+        raise ValueError("an extension has no name")
+    starts = np.split(arrays["starts"], np.cumsum(num_samples + 1)[:-1])
+    key_ends = np.split(arrays["key_ends"], np.cumsum(num_samples)[:-1])
+    keys = np.split(arrays["keys"], np.cumsum([ends[-1] if len(ends) else 0 for ends in key_ends])[:-1])
+    ends = np.cumsum(num_members)[:-1]
     columns = [np.split(arrays[name], ends) for name in ("extensions", "offsets", "sizes", "header_crcs")]
     return [
         TarPart(
             text["names"][p],
             int(arrays["num_bytes"][p]),
-            text["keys"][p],
-            [text["extensions"][number] for number in columns[0][p]],
+            Packed(keys[p], key_ends[p]),
+            Chosen(columns[0][p], text["extensions"]),
             starts[p],
             *(column[p] for column in columns[1:]),
             problems=text["problems"][p],

@@ -119,6 +119,7 @@ class ShardSet:
         part, url, sample = self._part(shard), self.urls[shard], index - self._first[shard]
         if sample >= len(part.keys):  # a file of counts promised more
             return RawSample(f"sample {sample} (there are {len(part.keys)})", part.name, {})
+        key, extensions = part.keys[sample], part.extensions
         descriptor = self._open_copy(url) if is_remote(url) else self._open(url)
         members = {}
         for member in range(part.starts[sample], part.starts[sample + 1]):
@@ -126,8 +127,8 @@ class ShardSet:
             if not _matches(header_and_data, part, member):
                 stale = self.cache.place(url).parent if is_remote(url) else _beside(url)
                 raise ValueError(f"{url} has changed since it was indexed: delete {stale} and start again")
-            members[part.extensions[member]] = header_and_data[BLOCK:]
-        return RawSample(part.keys[sample], part.name, members)
+            members[extensions[member]] = header_and_data[BLOCK:]
+        return RawSample(key, part.name, members)
 
     def fingerprint(self) -> str:
         """Hash what the order of samples depends on: shard names and sizes, keys and offsets (sha256).
@@ -139,7 +140,7 @@ class ShardSet:
             if part is None:
                 digest.update(json.dumps([url.rpartition("/")[2], count]).encode())
                 continue
-            digest.update(json.dumps([part.name, part.num_bytes, part.keys, part.extensions]).encode())
+            digest.update(json.dumps([part.name, part.num_bytes, list(part.keys), list(part.extensions)]).encode())
             digest.update(part.starts.tobytes() + part.offsets.tobytes() + part.sizes.tobytes())
         return digest.hexdigest()
 

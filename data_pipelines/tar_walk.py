@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +42,8 @@ class TarPart:
 
     name: str
     num_bytes: int
-    keys: list[str]
-    extensions: list[str]  # each member's own
+    keys: Sequence[str]
+    extensions: Sequence[str]  # each member's own
     starts: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
