@@ -49,7 +49,7 @@ def _expand(part: str) -> list[str]:
 
 
 def _expand_remote(part: str) -> list[str]:
-    urls = _braces(part)
+    urls = braces(part)
     return [inner for url in urls for inner in ([url] if re.search(r"\.tar($|\?)", url) else _listed(url))]
 
 
@@ -102,7 +102,8 @@ def _read_remote(url: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _braces(part: str) -> list[str]:
+def braces(part: str) -> list[str]:
+    """Spell out a brace pattern."""
     import braceexpand
 
     try:
@@ -115,7 +116,7 @@ def _expand_local(part: str) -> list[Path]:
     folder = Path(part).expanduser()
     if folder.is_dir():
         return _folder(folder)
-    expanded = [part] if Path(part).exists() else _braces(part)
+    expanded = [part] if Path(part).exists() else braces(part)
     paths = [path for name in expanded for path in _glob(Path(name).expanduser())]
     missing = [path for path in paths if not path.exists()]
     if missing or not paths:

@@ -185,7 +185,7 @@ def _current_parts(paths: list[Path]) -> list[TarPart]:
     }
     missing = [path for path, part in parts.items() if part is None]
     if missing:
-        with progress("indexing", total=len(missing), unit="shards") as advance:
+        with progress("indexing, once", total=len(missing), unit="shards") as advance:
             for path in missing:
                 parts[path] = index_tar(path)
                 advance()

@@ -43,6 +43,7 @@ def test_a_run_begins_with_its_config_and_what_it_ran_on(run, tiny_config):
     [
         "steps=12",
         "data.num_workers=1",
+        "data.cache_gib=7.5",
         "log_every=3",
         "checkpoint_every=5",
         "keep_last=1",

@@ -12,9 +12,8 @@ import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
-from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.train_set import open_train
+from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
 from softmoe_clip.models.trunk import FromFeatures
@@ -70,7 +69,10 @@ def train(config: TrainConfig) -> Path:
     if is_main:
         cut_back_ledger(ledger, done.step)
         num_replaced = len(read_ledger(ledger))
-        say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
+        pairs = f"{len(shards):,}" if len(shards) else "streamed"
+        say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
+        for line in statement(shards):
+            say(line)
         if config.freeze:
             say(f"trained parameters: {in_words(towers)}")
         if done.step:
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> Path:
 
     accelerator.wait_for_everyone()
     preprocess = loaded.preprocess_cfg
-    batches = train_batches(
+    batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
         picture=picture,
