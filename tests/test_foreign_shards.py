@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 import torch
+from few_samples import Letters
 from PIL import Image
-from test_loader import Letters
 
 from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.pictures import RandomCrop

@@ -5,8 +5,8 @@ import time
 
 import pytest
 from bad_server import bad_server
+from few_samples import Letters, assert_same
 from PIL import Image
-from test_loader import Letters, assert_same
 
 from softmoe_clip.data_pipelines import fetch
 from softmoe_clip.data_pipelines.config import DataConfig

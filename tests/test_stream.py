@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import pytest
-from test_loader import Letters, assert_same, picture
+from few_samples import Letters, assert_same, picture
 
 from softmoe_clip.data_pipelines.config import DataConfig
 from softmoe_clip.data_pipelines.ledger import read_ledger
