@@ -26,7 +26,7 @@ NEVER = threading.Event()
 
 
 class Missing(ValueError):
-    """The server says that there is no such file, or not for us: trying again would not help."""
+    """There is no such file, or not for us, or no room for it: trying again would not help."""
 
 
 class Stopped(Exception):
@@ -42,8 +42,10 @@ def fetch(
     """
     try:
         _tried(url, lambda: _download(url, Path(path), room, stopped), stopped)
-    except BaseException:
+    except BaseException as error:
         Path(path).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a write does not say where
         raise
 
 

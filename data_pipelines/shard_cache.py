@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from softmoe_clip.data_pipelines.fetch import NEVER, Stopped, fetch
+from softmoe_clip.data_pipelines.fetch import NEVER, Missing, Stopped, fetch
 
 DEFAULT_GIB = 50.0
 
@@ -65,7 +65,7 @@ class ShardCache:
         Where all copies are in use the limit gives way to who `must` have one; for others Stopped is raised.
         """
         if size > self.limit:
-            raise ValueError(
+            raise Missing(
                 f"{url} has {size / 2**30:.2f} GiB, more than the whole cache of {self.limit / 2**30:.2f} GiB: "
                 "raise data.cache_gib"
             )

@@ -1,5 +1,6 @@
 """Copies of remote files: fetched once by any number of processes, never more than the limit, never lost while read."""
 
+import errno
 import os
 import random
 import subprocess
@@ -91,6 +92,19 @@ def test_what_a_killed_process_left_is_removed_when_room_is_needed(server, cache
 def test_a_file_larger_than_the_whole_cache_is_one_sentence(server, tmp_path):
     with pytest.raises(ValueError, match=r"0\.tar has 0.00 GiB, more than the whole cache .*: raise data.cache_gib"):
         ShardCache(tmp_path / "cache", 1e-6).open(f"{server.url}/0.tar")
+
+    assert server.requests["0.tar"] == 1
+
+
+def test_a_full_disk_is_told_with_the_file_and_not_tried_again(server, cache, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*0\.tar\.part"):
+        cache.open(f"{server.url}/0.tar")
+    assert server.requests["0.tar"] == 1
+    assert held(cache) == []
 
 
 def test_files_of_one_name_in_two_places_are_two(cache):
