@@ -12,8 +12,9 @@ from torch import Tensor
 
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.ledger import Replacement
-from softmoe_clip.data_pipelines.order import sample_at, substitute_at
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import Picture
+from softmoe_clip.data_pipelines.read_ahead import ReadAhead
 from softmoe_clip.data_pipelines.samples import BadSample, Pair, read_pair
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer
@@ -56,13 +57,14 @@ def train_batches(
     num_workers: int = 0,
     caption: Literal["random", "first"] = "random",
     shuffle_captions: bool = False,
+    window: int = 0,
 ) -> Iterator[Batch]:
     """Yield this rank's part of `num_batches` global batches of `batch_size`, from position `start` (samples seen) on.
 
     Batch k covers positions start + k * batch_size and on; rank r takes the r-th equal part. Crop, mirror and caption
     depend on (seed, position) alone, so the number of workers and ranks changes nothing. A bad sample's place goes to a
-    substitute. `shuffle_captions` gives each picture a caption of another sample: a control experiment.
-    Raises ValueError when nearly all samples are bad.
+    substitute. `shuffle_captions` gives each picture a caption of another sample: a control experiment. `window` is
+    the number of shards that are mixed with each other, 0 for all. Raises ValueError when nearly all samples are bad.
     """
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size {batch_size} is global and must divide by the {world_size} processes")
@@ -70,11 +72,11 @@ def train_batches(
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if shuffle_captions and len(shards) < 2:
         raise ValueError("shuffle_captions needs two samples or more")
-    draws = Draws(shards, picture, seed, caption, shuffle_captions)
+    order = Mixture.of(seed, shards.counts, shards.sources, window)
+    draws = Draws(shards, order, picture, seed, caption, shuffle_captions)
     local_size = batch_size // world_size
-    first = start + rank * local_size
-    batches = TrainBatches(draws, tokenizer, first, local_size, batch_size, num_batches)
-    return computed_in_order(batches, num_workers, pin_memory=True)
+    batches = TrainBatches(draws, tokenizer, start + rank * local_size, local_size, batch_size, num_batches)
+    return computed_in_order(batches, num_workers, pin_memory=True, beside=ReadAhead(shards, order, start, batch_size))
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Draws:
     """What stands at each position: sample, caption and picture, all drawn from (seed, position)."""
 
     shards: ShardSet
+    order: Mixture
     picture: Picture
     seed: int
     caption: Literal["random", "first"]
@@ -118,7 +121,7 @@ class Draws:
 
     def examples(self, positions: list[int]) -> list[Example]:
         """Make the examples of some positions; their bytes are read in the order they lie on disk."""
-        samples = [sample_at(self.seed, len(self.shards), position) for position in positions]
+        samples = [self.order.sample_at(position) for position in positions]
         raws = {sample: self.shards.read(sample) for sample in sorted(set(samples))}
         return [self.example(*place, raws[place[1]]) for place in zip(positions, samples, strict=True)]
 
@@ -137,7 +140,7 @@ class Draws:
                     f"nearly all samples are bad: {len(bad)} in a row at position {position}, the last is {bad[-1]}; "
                     "run `softmoe-clip check` on these shards"
                 )
-            sample = substitute_at(self.seed, len(self.shards), position, len(bad) - 1)
+            sample = self.order.substitute_at(position, len(bad) - 1)
             raw = self.shards.read(sample)
 
     def picture_and_caption(self, position: int, sample: int, raw: RawSample) -> tuple[Tensor, str]:

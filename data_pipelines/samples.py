@@ -1,12 +1,11 @@
 """From the raw bytes of one key to a pair, an encoded picture and its captions; or a BadSample that says why not."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
-
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from softmoe_clip.data_pipelines.tar_walk import CAPTION_EXTENSIONS, PICTURE_EXTENSIONS
 
 
 class Pair(NamedTuple):
@@ -33,13 +32,11 @@ class BadSample(Exception):
 def read_pair(raw: RawSample) -> Pair:
     """Take picture, captions and label out of a sample's members; the picture is not decoded here.
 
-    Captions are the lines of `txt`, else `captions` or `caption` of `json`. Raises BadSample when the picture is
-    missing, or when there is neither a caption nor a label.
+    Captions are the lines of `txt` (or `text`, `caption`, ...), else `captions`, `caption` or `text` of `json`. Raises
+    BadSample when the picture is missing, or when there is neither a caption nor a label.
     """
     try:
-        image = next((raw.members[e] for e in PICTURE_EXTENSIONS if e in raw.members), None)
-        if image is None:
-            raise ValueError(f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members")
+        image = raw.members[picture_extension(raw.members)]
         label = label_of(raw.members)
         captions = captions_of(raw.members)
         if not captions and label is None:
@@ -58,28 +55,48 @@ def all_captions(shards: ShardSet) -> Iterator[str]:
             continue
 
 
+def picture_extension(members: Collection[str]) -> str:
+    """Return the extension of the member that is the picture; raises ValueError where there is none."""
+    if found := with_extension(members, PICTURE_EXTENSIONS):
+        return found[0]
+    there = f"only .{', .'.join(members)}" if members else "it has no members"
+    raise ValueError(f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members: {there}")
+
+
+def with_extension(members: Collection[str], extensions: Sequence[str]) -> list[str]:
+    """List the members of some kinds in the order of the kinds; a plain jpg comes before an image.jpg."""
+    plain = [extension for extension in extensions if extension in members]
+    longer = [name for extension in extensions for name in members if name.endswith(f".{extension}")]
+    return plain + longer
+
+
 def captions_of(members: dict[str, bytes]) -> tuple[str, ...]:
-    """Read the captions, without empty ones."""
-    if "txt" in members:
+    """Read the captions, without empty ones: the first member that has any."""
+    for name in with_extension(members, CAPTION_EXTENSIONS):
         try:
-            lines = members["txt"].decode("utf-8-sig").splitlines()
+            lines = members[name].decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise ValueError("its .txt is not UTF-8") from None
+            raise ValueError(f"its .{name} is not UTF-8") from None
         if captions := without_empty(lines):
             return captions
-    return captions_in_json(members["json"]) if "json" in members else ()
+    for name in with_extension(members, ("json",)):
+        if captions := captions_in_json(members[name], name):
+            return captions
+    return ()
 
 
-def captions_in_json(data: bytes) -> tuple[str, ...]:
-    """Read `captions` (a list) or `caption` (one) of a .json member."""
+def captions_in_json(data: bytes, name: str = "json") -> tuple[str, ...]:
+    """Read a list of captions, or `captions` (a list), `caption` or `text` of a mapping."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError("its .json is damaged") from None
+        raise ValueError(f"its .{name} is damaged") from None
+    if isinstance(fields, list):
+        return without_empty(fields)
     if not isinstance(fields, dict):
         return ()
-    captions = fields.get("captions")
-    return without_empty(captions if isinstance(captions, list) else [fields.get("caption")])
+    found = [fields.get(field) for field in ("captions", "caption", "text")]
+    return next((c for value in found if (c := without_empty(value if isinstance(value, list) else [value]))), ())
 
 
 def without_empty(captions: list) -> tuple[str, ...]:

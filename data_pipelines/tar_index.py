@@ -5,7 +5,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.index_file import INDEX_NAME, load_index, save_index
+from softmoe_clip.data_pipelines.mixture import Source
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.shards import find_shards
+from softmoe_clip.data_pipelines.remote_index import remote_part, remote_parts
+from softmoe_clip.data_pipelines.shard_cache import ShardCache, cache_folder, release
+from softmoe_clip.data_pipelines.shards import find_shards, is_remote
 from softmoe_clip.data_pipelines.tar_walk import BLOCK, TarPart, index_tar
 
-INDEX_NAME = "index.npz"
-INDEX_VERSION = 1
 MAX_OPEN_SHARDS = 256  # per process, well below the usual limit of 1,024 open files
+MAX_OPEN_COPIES = 1  # an open copy of a remote shard holds its place in the cache; a batch reads shard after shard
 
 
 class RawSample(NamedTuple):
@@ -31,32 +34,75 @@ class RawSample(NamedTuple):
 
 
 class ShardSet:
-    """All samples of a list of shards, by one global number in shard order. It can be pickled and forked."""
+    """All samples of a list of shards, by one global number in shard order. It can be pickled and forked.
 
-    def __init__(self, urls: Sequence[str], parts: Sequence[TarPart]):
+    Of a remote shard that a count is known of, the part of the index (None until then) is made when it is first read.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        parts: Sequence[TarPart | None],
+        counts: Sequence[int] = (),
+        sources: Sequence[Source] = (),
+        cache: ShardCache | None = None,
+    ):
         self.urls = list(urls)
-        self.parts = list(parts)
-        self.counts = [len(part.keys) for part in self.parts]
-        self.problems = [problem for part in self.parts for problem in part.problems]
+        self.known_parts = list(parts)
+        self.counts = list(counts) or [len(part.keys) for part in parts]
+        self.sources = list(sources) or [Source(len(self.urls))]
+        self.cache = cache
         self._first = np.cumsum([0, *self.counts]).tolist()
         self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(_Descriptor)
+        self._open_copy = lru_cache(maxsize=MAX_OPEN_COPIES)(lambda url: _Copy(self.cache, url))
+        self._make_part = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda url: remote_part(url, self.cache))
 
     @classmethod
-    def open(cls, pattern: str | Sequence[str]) -> "ShardSet":
+    def open(cls, pattern: str | Sequence[str], cache: ShardCache | None = None) -> "ShardSet":
         """Open the shards of a pattern (see `find_shards`), building and storing what their index lacks.
 
         A damaged tar gives the samples before the damage, and a line in `problems`. Raises ValueError where there are
-        no samples at all, or a file is no tar.
+        no samples at all, or a file is no tar. Remote shards are copied into `cache`, by default this user's.
         """
-        urls = [shard.url for shard in find_shards(pattern)]
-        shard_set = cls(urls, _current_parts([Path(url) for url in urls]))
+        found = find_shards(pattern)
+        cache = cache or ShardCache()
+        local = [Path(shard.url) for shard in found if not is_remote(shard.url)]
+        parts = dict(zip(map(str, local), _current_parts(local), strict=True))
+        parts |= remote_parts([shard for shard in found if is_remote(shard.url)], cache)
+        known = [parts[shard.url] for shard in found]
+        counts = [len(part.keys) if part else shard.num_samples for part, shard in zip(known, found, strict=True)]
+        shard_set = cls([shard.url for shard in found], known, counts, cache=cache)
         if not len(shard_set):
             reason = f" ({shard_set.problems[0]})" if shard_set.problems else ""
             raise ValueError(f"the shards of {pattern} hold no samples{reason}: make shards with `softmoe-clip pack`")
         return shard_set
 
+    @classmethod
+    def joined(cls, sets: Sequence["ShardSet"], weights: Sequence[float]) -> "ShardSet":
+        """Put several sets one after the other, as sources that training draws from by weight."""
+        return cls(
+            [url for shard_set in sets for url in shard_set.urls],
+            [part for shard_set in sets for part in shard_set.known_parts],
+            [count for shard_set in sets for count in shard_set.counts],
+            [Source(len(shard_set.urls), weight) for shard_set, weight in zip(sets, weights, strict=True)],
+            sets[0].cache,
+        )
+
     def __len__(self) -> int:
         return self._first[-1]
+
+    def num_bytes(self, shard: int) -> int:
+        """Return the size of a local shard; 0 of a remote one."""
+        return 0 if is_remote(self.urls[shard]) else self.known_parts[shard].num_bytes
+
+    @property
+    def parts(self) -> list[TarPart]:
+        """The index of every shard; remote ones that were not read yet are fetched for it."""
+        return [self._part(shard) for shard in range(len(self.urls))]
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for part in self.known_parts if part for problem in part.problems]
 
     @cached_property
     def keys(self) -> list[str]:
@@ -70,26 +116,40 @@ class ShardSet:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect_right(self._first, index) - 1
-        part, url, sample = self.parts[shard], self.urls[shard], index - self._first[shard]
-        descriptor = self._open(url)
+        part, url, sample = self._part(shard), self.urls[shard], index - self._first[shard]
+        if sample >= len(part.keys):  # a file of counts promised more
+            return RawSample(f"sample {sample} (there are {len(part.keys)})", part.name, {})
+        key, extensions = part.keys[sample], part.extensions
+        descriptor = self._open_copy(url) if is_remote(url) else self._open(url)
         members = {}
         for member in range(part.starts[sample], part.starts[sample + 1]):
             header_and_data = descriptor.read(BLOCK + part.sizes[member], part.offsets[member] - BLOCK)
             if not _matches(header_and_data, part, member):
-                raise ValueError(f"{url} has changed since it was indexed: delete {_beside(url)} and start again")
-            members[part.extensions[member]] = header_and_data[BLOCK:]
-        return RawSample(part.keys[sample], part.name, members)
+                stale = self.cache.place(url).parent if is_remote(url) else _beside(url)
+                raise ValueError(f"{url} has changed since it was indexed: delete {stale} and start again")
+            members[extensions[member]] = header_and_data[BLOCK:]
+        return RawSample(key, part.name, members)
 
     def fingerprint(self) -> str:
-        """Hash what the order of samples depends on: shard names and sizes, keys and offsets (sha256)."""
+        """Hash what the order of samples depends on: shard names and sizes, keys and offsets (sha256).
+
+        Of remote shards without an index only names and counts, which is all that is known of them.
+        """
         digest = hashlib.sha256()
-        for part in self.parts:
-            digest.update(json.dumps([part.name, part.num_bytes, part.keys, part.extensions]).encode())
+        for url, count, part in zip(self.urls, self.counts, self.known_parts, strict=True):
+            if part is None:
+                digest.update(json.dumps([url.rpartition("/")[2], count]).encode())
+                continue
+            digest.update(json.dumps([part.name, part.num_bytes, list(part.keys), list(part.extensions)]).encode())
             digest.update(part.starts.tobytes() + part.offsets.tobytes() + part.sizes.tobytes())
         return digest.hexdigest()
 
+    def _part(self, shard: int) -> TarPart:
+        return self.known_parts[shard] or self._make_part(self.urls[shard])
+
     def __reduce__(self):
-        return ShardSet, (self.urls, self.parts)  # open files stay in their process
+        # Open files stay in their process.
+        return ShardSet, (self.urls, self.known_parts, self.counts, self.sources, self.cache)
 
 
 class _Descriptor:
@@ -106,75 +166,15 @@ class _Descriptor:
             os.close(self.number)
 
 
-def save_index(path: str | Path, parts: Iterable[TarPart]) -> None:
-    """Write the index of a folder's tars: plain arrays, no pickles; the file appears whole or not at all."""
-    parts = list(parts)
-    extensions = sorted({extension for part in parts for extension in part.extensions})
-    ids = {extension: number for number, extension in enumerate(extensions)}
-    text = {
-        "version": INDEX_VERSION,
-        "names": [part.name for part in parts],
-        "keys": [part.keys for part in parts],
-        "problems": [part.problems for part in parts],
-        "extensions": extensions,
-    }
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(
-                file,
-                text=np.frombuffer(json.dumps(text).encode("ascii"), np.uint8),
-                num_bytes=np.array([part.num_bytes for part in parts], np.int64),
-                num_members=np.array([len(part.offsets) for part in parts], np.int64),
-                starts=_joined([part.starts for part in parts], np.int64),
-                extensions=_joined([np.array([ids[e] for e in part.extensions], np.int32) for part in parts], np.int32),
-                offsets=_joined([part.offsets for part in parts], np.int64),
-                sizes=_joined([part.sizes for part in parts], np.int64),
-                header_crcs=_joined([part.header_crcs for part in parts], np.uint32),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+class _Copy(_Descriptor):
+    """The same of a remote shard's copy, which stays in the cache as long as this is there."""
 
+    def __init__(self, cache: ShardCache, url: str):
+        self.number = cache.open(url)
 
-def load_index(path: str | Path) -> dict[str, TarPart]:
-    """Read an index by tar name; a missing, damaged or foreign one is empty: it can always be made again."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {part.name: part for part in _parts({name: arrays[name] for name in arrays.files})}
-    except Exception:  # zipfile and numpy have a dozen ways to fail on a damaged file
-        return {}
-
-
-def _parts(arrays: dict[str, np.ndarray]) -> list[TarPart]:
-    text = json.loads(arrays["text"].tobytes())
-    if text["version"] != INDEX_VERSION:
-        return []
-    num_samples = [len(keys) for keys in text["keys"]]
-    lengths = {len(arrays[name]) for name in ("extensions", "offsets", "sizes", "header_crcs")}
-    if lengths != {arrays["num_members"].sum()} or len(arrays["starts"]) != sum(num_samples) + len(num_samples):
-        raise ValueError("the arrays do not fit together")
-    starts = np.split(arrays["starts"], np.cumsum([count + 1 for count in num_samples])[:-1])
-    ends = np.cumsum(arrays["num_members"])[:-1]
-    columns = [np.split(arrays[name], ends) for name in ("extensions", "offsets", "sizes", "header_crcs")]
-    return [
-        TarPart(
-            text["names"][p],
-            int(arrays["num_bytes"][p]),
-            text["keys"][p],
-            [text["extensions"][number] for number in columns[0][p]],
-            starts[p],
-            *(column[p] for column in columns[1:]),
-            problems=text["problems"][p],
-        )
-        for p in range(len(num_samples))
-    ]
-
-
-def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+    def __del__(self):
+        if hasattr(self, "number"):
+            release(self.number)
 
 
 def _current_parts(paths: list[Path]) -> list[TarPart]:
@@ -185,7 +185,7 @@ def _current_parts(paths: list[Path]) -> list[TarPart]:
     }
     missing = [path for path, part in parts.items() if part is None]
     if missing:
-        with progress("indexing", total=len(missing), unit="shards") as advance:
+        with progress("indexing, once", total=len(missing), unit="shards") as advance:
             for path in missing:
                 parts[path] = index_tar(path)
                 advance()
@@ -215,8 +215,7 @@ def _store(folder: Path, parts: dict[str, TarPart]) -> None:
 
 
 def _cached(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "softmoe-clip" / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
+    return cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
 
 
 def _beside(url: str) -> Path:

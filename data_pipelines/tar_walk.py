@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,10 @@ import numpy as np
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tars are padded with zeros to a multiple of this
+# The first that a sample has is taken.
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+CAPTION_EXTENSIONS = ("txt", "text", "caption", "captions", "cap")
+TEXT_EXTENSIONS = (*CAPTION_EXTENSIONS, "json", "cls")
 FILES = b"0\x007"
 SKIPPED = b"123456"  # links, devices, folders: no bytes of their own
 
@@ -38,8 +42,8 @@ class TarPart:
 
     name: str
     num_bytes: int
-    keys: list[str]
-    extensions: list[str]  # each member's own
+    keys: Sequence[str]
+    extensions: Sequence[str]  # each member's own
     starts: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
@@ -188,10 +192,11 @@ def _group(name: str, num_bytes: int, members: list[Member], problems: list[str]
     """Gather members by key in the order of first appearance; a key's second .jpg (.txt, ...) begins a new sample."""
     newest: dict[str, dict[str, Member]] = {}
     samples: list[tuple[str, dict[str, Member]]] = []
+    dotted = _keys_with_dots(members)
     for member in members:
         if (split := split_name(member.name)) is None:
             continue
-        key, extension = split
+        key, extension = _split_at(split, dotted) if dotted else split
         if key not in newest or extension in newest[key]:
             newest[key] = {}
             samples.append((key, newest[key]))
@@ -208,3 +213,24 @@ def _group(name: str, num_bytes: int, members: list[Member], problems: list[str]
         header_crcs=np.array([member.header_crc for member in owned], np.uint32),
         problems=problems,
     )
+
+
+def _keys_with_dots(members: list[Member]) -> set[tuple[str, str]]:
+    """Find the keys that hold dots themselves, as in img.001.jpg, img.001.txt, where webdataset would see one `img`.
+
+    Told from an extension of two parts (img.left.jpg, img.caption.txt) by having both a picture and a text.
+    """
+    kinds: dict[tuple[str, str], set[bool]] = {}
+    for member in members:
+        key, extension = split_name(member.name) or ("", "")
+        head, _, last = extension.rpartition(".")
+        if head and last in (*PICTURE_EXTENSIONS, *TEXT_EXTENSIONS):
+            kinds.setdefault((key, head), set()).add(last in PICTURE_EXTENSIONS)
+    return {key for key, found in kinds.items() if len(found) == 2}
+
+
+def _split_at(split: tuple[str, str], dotted: set[tuple[str, str]]) -> tuple[str, str]:
+    """Give the middle parts of a name to its key, if that is one of those with dots."""
+    key, extension = split
+    head, _, last = extension.rpartition(".")
+    return (f"{key}.{head}", last) if (key, head) in dotted else split

@@ -4,7 +4,9 @@ import atexit
 import signal
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from contextlib import nullcontext
+from itertools import count
+from typing import Any, Protocol, Self
 from weakref import WeakSet
 
 import torch
@@ -29,6 +31,16 @@ class Items(Protocol):
     def __getitem__(self, number: int) -> Any: ...
 
 
+class Beside(Protocol):
+    """Something that works in this process beside the iteration, and is called with the number of each item."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error) -> None: ...
+
+    def __call__(self, number: int) -> None: ...
+
+
 class Guarded:
     """Hands a user's mistake over as a value: raised in a worker, torch would wrap it into a page of traceback."""
 
@@ -45,25 +57,33 @@ class Guarded:
             return error
 
 
-def computed_in_order(items: Items, num_workers: int, pin_memory: bool = False) -> Iterator[Any]:
+def computed_in_order(
+    items: Items, num_workers: int, pin_memory: bool = False, beside: Beside | None = None
+) -> Iterator[Any]:
     """Yield items[0], items[1], ... with `num_workers` processes computing ahead; 0 computes in this one.
 
     `pin_memory` puts tensors where a GPU can fetch them, if there is one (and turns tuples in lists into lists).
+    `beside` is entered once the workers run, which were forked before it started any thread.
     Draws nothing from torch's global generator. Raises what an item raised, or ValueError when a worker died.
     """
-    results = ordered_results(items, num_workers, pin_memory and torch.cuda.is_available())
+    results = ordered_results(items, num_workers, pin_memory and torch.cuda.is_available(), beside)
     UNFINISHED.add(results)
     return results
 
 
-def ordered_results(items: Items, num_workers: int, pin_memory: bool) -> Iterator[Any]:
+def ordered_results(items: Items, num_workers: int, pin_memory: bool, beside: Beside | None) -> Iterator[Any]:
     """Do it: wait for one result after the other, and end the workers whatever happens."""
     iterator = start(items, num_workers, pin_memory)
     try:
-        while (item := next_result(iterator, num_workers)) is not END:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        with beside or nullcontext():
+            for number in count():
+                if beside is not None:
+                    beside(number)
+                if (item := next_result(iterator, num_workers)) is END:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
     finally:
         if num_workers:
             iterator._shutdown_workers()  # a traceback may hold the iterator, and so its workers, to the very end

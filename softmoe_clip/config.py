@@ -230,6 +230,7 @@ MAY_CHANGE_AT_RESUME = (
     "keep_last",
     "eval",
     "data.num_workers",
+    "data.cache",
 )
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from softmoe_clip.data_pipelines.config import DataConfig
+from softmoe_clip.data_pipelines.config import DataConfig, SourceConfig
 
 
 def test_defaults_are_the_soft_moe_recipe():
@@ -24,6 +24,16 @@ def test_defaults_are_the_soft_moe_recipe():
         ({"crop_scale": (0.5,)}, "data.crop_scale"),
         ({"crop_scale": (float("nan"), 1.0)}, "data.crop_scale"),
         ({"num_workers": -1}, "data.num_workers"),
+        ({"train": ["a", ""]}, "data.train is empty"),
+        ({"train": []}, "data.train is empty"),
+        ({"train": 3}, "data.train must be a folder or a pattern, or a list of them, got 3"),
+        ({"train": [{"shards": "a"}, "b"]}, r"data.train mixes .*: write 'b' as \{shards: b\}"),
+        ({"train": [{"shards": "a", "weigth": 2}]}, "unknown key weigth .* did you mean weight"),
+        ({"train": [{"weight": 2}]}, "shards is missing"),
+        ({"train": [{"shards": "a", "weight": 0}]}, "weight must be above 0, got 0.0 for a"),
+        ({"train": [{"shards": "a", "weight": "much"}]}, "weight in the config must be a number"),
+        ({"cache_gib": 0}, "data.cache_gib must be above 0"),
+        ({"window": -1}, "data.window must be a number of shards"),
         ({"augment": "flip"}, "data.augment must be crop or none"),
         ({"augment": "none", "flip": True}, "pictures cannot be mirrored"),
         ({"image_features": "embeddings"}, "set data.augment=none"),
@@ -32,6 +42,13 @@ def test_defaults_are_the_soft_moe_recipe():
 def test_impossible_values_name_the_key(changes, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**{"train": "shards", **changes})
+
+
+def test_sources_are_shards_with_weights():
+    assert DataConfig(train="a").sources == (SourceConfig("a", 1.0),)
+    assert DataConfig(train=["a", "b"]).sources == (SourceConfig(("a", "b"), 1.0),)
+    mixed = DataConfig(train=[{"shards": "a", "weight": 2}, {"shards": ["b", "c"]}])
+    assert mixed.sources == mixed.train == (SourceConfig("a", 2.0), SourceConfig(("b", "c"), 1.0))
 
 
 def test_omegaconf_takes_it_as_a_structure():

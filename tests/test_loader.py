@@ -1,6 +1,5 @@
 """The loader: the same batches for any number of workers and ranks, any start, with substitutes for bad samples."""
 
-import io
 import os
 import pickle
 import random
@@ -14,12 +13,13 @@ import warnings
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from few_samples import Letters, assert_same, batches, picture
 from PIL import Image
 
 from softmoe_clip.data_pipelines.loader import Draws, TrainBatches, eval_batches, train_batches
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -28,23 +28,6 @@ from softmoe_clip.data_pipelines.workers import computed_in_order
 
 CROP = RandomCrop(16, Augment())
 DATA = os.environ.get("SOFTMOE_CLIP_DATA")
-
-
-class Letters:
-    """A tokenizer without a vocabulary file: one id per letter."""
-
-    context_length, vocab_size, pad_id, eos_id = 6, 128, 0, 1
-
-    def __call__(self, captions):
-        rows = [[*[ord(letter) % 128 for letter in caption[:5]], 1] for caption in captions]
-        return torch.tensor([row + [0] * (6 - len(row)) for row in rows])
-
-
-def picture(number: int, kind: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((60 + number, 50)).save(file, kind)
-    return file.getvalue()
 
 
 def bomb() -> bytes:
@@ -72,20 +55,6 @@ def shards(tmp_path_factory):
                 image = bomb()
             writer.add(image, extension, captions if number != 20 else [], label=3 if number == 20 else None)
     return ShardSet.open(str(out))
-
-
-def batches(shards, **changes):
-    picture = RandomCrop(changes.pop("image_size", 16), Augment(flip=True))
-    options = {"picture": picture, "batch_size": 8, "seed": 5, "num_batches": 10}
-    return list(train_batches(shards, Letters(), **{**options, **changes}))
-
-
-def assert_same(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.token_ids, b.token_ids)
-        assert a[2:] == b[2:]
 
 
 def test_batches_hold_what_they_say(shards):
@@ -144,6 +113,22 @@ def test_each_pass_meets_each_good_sample_and_replaces_each_bad_one(shards):
     assert reasons[11] == "no picture in a known format"
     assert reasons[17] == reasons[20] == "no caption"
     assert "pixels" in reasons[30]
+
+
+def test_sources_are_drawn_by_weight_and_replaced_within_themselves(shards, tmp_path):
+    with ShardWriter(tmp_path / "more") as writer:
+        for number in range(7):
+            writer.add(picture(number), "jpg", [] if number == 3 else ["more"])
+    both = ShardSet.joined([shards, ShardSet.open(str(tmp_path / "more"))], [3.0, 1.0])
+    found = batches(both, batch_size=100, num_batches=10)
+    assert_same(found, batches(both, batch_size=100, num_batches=10, num_workers=2))
+    captions = [caption for batch in found for caption in batch.captions]
+    assert captions.count("more") == 250
+    replaced = [entry for batch in found for entry in batch.replaced]
+    assert {entry.key for entry in replaced} >= {"000000003", "000000004"}
+    for entry in replaced:
+        own = entry.key == "000000003"
+        assert (captions[entry.position] == "more") == own
 
 
 def test_shuffled_captions_belong_to_other_pictures(shards):
@@ -222,7 +207,7 @@ def test_evaluation_meets_each_good_sample_once_in_order(shards, batch_size, num
 
 
 def test_everything_a_worker_needs_can_be_pickled(shards):
-    draws = Draws(shards, CROP, 0, "random", False)
+    draws = Draws(shards, Mixture.of(0, shards.counts, shards.sources, 0), CROP, 0, "random", False)
     items = TrainBatches(draws, Letters(), 0, 4, 4, 2)
     again = pickle.loads(pickle.dumps(items))
     assert torch.equal(again[1].images, items[1].images)
@@ -253,7 +238,7 @@ from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import Augment
 sys.path.insert(0, {tests!r})
-from test_loader import Letters
+from few_samples import Letters
 signal.signal(signal.SIGINT, lambda *_: None)
 signal.signal(signal.SIGTERM, lambda *_: None)
 batches = train_batches(ShardSet.open({shards!r}), Letters(), picture=RandomCrop(16, Augment()), batch_size=8, seed=0,

@@ -10,8 +10,9 @@ from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest
 class Data:
     """All that a run folder wants to know of a shard set."""
 
-    def __init__(self, fingerprint="abc"):
+    def __init__(self, fingerprint="abc", num_shards=1):
         self.fingerprint = lambda: fingerprint
+        self.counts = [60] * num_shards
 
     def __len__(self):
         return 60
@@ -42,6 +43,7 @@ def test_a_run_begins_with_its_config_and_what_it_ran_on(run, tiny_config):
     [
         "steps=12",
         "data.num_workers=1",
+        "data.cache_gib=7.5",
         "log_every=3",
         "checkpoint_every=5",
         "keep_last=1",
@@ -66,6 +68,8 @@ def test_what_makes_no_other_run_may_change(run, tiny_config, change):
         ("model.image_moe=null", "model.image_moe.num_experts: 4 then, None now"),
         ("loss=clip", "loss: 'siglip' then, 'clip' now"),
         ("data.val=elsewhere", "data.val: None then, 'elsewhere' now"),
+        ("data.train=[{shards: a, weight: 2}]", r"data.train: .* then, \[{'shards': 'a', 'weight': 2.0}\] now"),
+        ("data.window=8", "data.window: 32 then, 8 now"),
     ],
 )
 def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config, change, told, folder_bytes):
@@ -73,6 +77,18 @@ def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config,
     with pytest.raises(ValueError, match=f"begun with other settings .*{told}.*give another folder as out"):
         begin(run, tiny_config(change), Data())
     assert folder_bytes(run) == before
+
+
+def test_a_run_from_before_there_were_windows_goes_on_where_its_order_is_the_same(run, tiny_config):
+    saved = run / "config.yaml"
+    saved.write_text(saved.read_text().replace("  window: 32\n", ""))
+    without = saved.read_text()
+    for change, num_shards in (("data.window=32", 32), ("data.window=0", 33)):
+        saved.write_text(without)
+        begin(run, tiny_config(change), Data(num_shards=num_shards))
+    saved.write_text(without)
+    with pytest.raises(ValueError, match=r"data\.window: 0 then, 32 now"):
+        begin(run, tiny_config(), Data(num_shards=33))
 
 
 def test_all_differences_are_named(run, tiny_config):

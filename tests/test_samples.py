@@ -19,6 +19,10 @@ def raw(**members: bytes) -> RawSample:
         ({"png": b"p", "json": b'{"captions": ["a", "", null, "b"]}'}, ("a", "b"), None),
         ({"webp": b"p", "txt": b" \n", "json": b'{"caption": "a"}'}, ("a",), None),
         ({"jpeg": b"p", "txt": "\ufeffça va 猫".encode()}, ("ça va 猫",), None),
+        ({"tiff": b"p", "text": b"a"}, ("a",), None),
+        ({"gif": b"p", "caption": b"a", "json": b'{"caption": "b"}'}, ("a",), None),
+        ({"seg.png": b"n", "jpg": b"p", "json": b'["a", "b"]'}, ("a", "b"), None),
+        ({"jpg": b"p", "json": b'{"caption": "", "text": "a", "url": "u"}'}, ("a",), None),
         ({"jpg": b"p", "cls": b"12\n"}, (), 12),
         ({"jpg": b"p", "txt": b"a", "cls": b"0"}, ("a",), 0),
     ],
@@ -27,10 +31,17 @@ def test_captions_and_labels_are_read(members, captions, label):
     assert read_pair(raw(**members)) == Pair("000000007", "00000.tar", b"p", captions, label)
 
 
+def test_longer_extensions_of_webdataset_count_where_there_is_no_plain_one():
+    members = {"caption.txt": b"a", "photo.jpg": b"p", "captions.json": b'["b"]'}
+    assert read_pair(RawSample("k", "0.tar", members)) == Pair("k", "0.tar", b"p", ("a",))
+    assert read_pair(RawSample("k", "0.tar", members | {"txt": b"c"})).captions == ("c",)
+    assert read_pair(RawSample("k", "0.tar", {"png": b"q", **members})).image == b"q"
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({"txt": b"a dog"}, "no picture"),
+        ({"txt": b"a dog"}, r"no picture .* among its members: only \.txt"),
         ({"jpg": b"p"}, "no caption"),
         ({"jpg": b"p", "txt": b" \n "}, "no caption"),
         ({"jpg": b"p", "json": b'{"caption": null}'}, "no caption"),

@@ -54,8 +54,10 @@ def test_a_path_that_holds_colons_goes_into_a_list(tmp_path):
         ("{root}/nowhere/*.tar", r"nowhere/\*\.tar is not there"),
         ("{root}", r"no shards \(\*\.tar\) in .*: name one of its folders: .*train, .*val"),
         ("{root}/empty", r"no shards .* in .*empty: make some with"),
-        ("https://host/{{00000..00003}}.tar", "not on this machine"),
-        ("pipe:cat x.tar", "not on this machine"),
+        ("https://host/shards", r"cannot be listed: name its shards, as in https://host/shards/\{00000"),
+        ("memory://nowhere", r"no shards \(\*\.tar\) in memory://nowhere"),
+        ("warp://host/shards", "warp://host/shards cannot be listed"),
+        ("pipe:cat x.tar", "can only be streamed, in training"),
     ],
 )
 def test_an_empty_match_is_an_error_that_names_the_pattern(shards, monkeypatch, pattern, reason):

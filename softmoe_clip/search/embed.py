@@ -9,7 +9,7 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.new_folder import new_folder
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import PICTURE_EXTENSIONS
+from softmoe_clip.data_pipelines.samples import picture_extension
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 KINDS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
@@ -109,7 +109,7 @@ def trunk_rows(encoder, images) -> np.ndarray:
 def describe(shards: ShardSet, sample: int, captions: tuple[str, ...]) -> dict:
     """The metadata of one row; `sample` is the place in the shard set where the picture can be read again."""
     raw = shards.read(sample)
-    extension = next(extension for extension in PICTURE_EXTENSIONS if extension in raw.members)
+    extension = picture_extension(raw.members)
     try:
         extra = json.loads(raw.members.get("json", b"{}"))
     except ValueError:

@@ -10,6 +10,7 @@ from softmoe_clip.config import ModelConfig, TrainConfig
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.pictures import Features, Picture, RandomCrop, Whole
 from softmoe_clip.data_pipelines.samples import read_pair
+from softmoe_clip.data_pipelines.stream import Stream
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tokenizers import (
     Tokenizer,
@@ -48,7 +49,7 @@ def build(config: TrainConfig) -> LoadedModel:
     return LoadedModel(model, tokenizer, transform_of(model), written)
 
 
-def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet) -> Picture:
+def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet | Stream) -> Picture:
     """Choose what the towers are shown: random crops, whole pictures, or features that a frozen trunk gave before."""
     data = config.data
     if data.image_features is not None:

@@ -12,9 +12,8 @@ import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
-from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
 from softmoe_clip.moe.stats import collect_routing
@@ -48,7 +47,7 @@ def train(config: TrainConfig) -> Path:
 
     accelerator = make_accelerator(config.precision)
     device, is_main = accelerator.device, accelerator.is_main_process
-    shards = ShardSet.open(config.data.train)
+    shards = open_train(config.data)
     check_measured(config)
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)
@@ -69,7 +68,10 @@ def train(config: TrainConfig) -> Path:
     if is_main:
         cut_back_ledger(ledger, done.step)
         num_replaced = len(read_ledger(ledger))
-        say(f"{accelerator.num_processes} process(es) on {device}, {len(shards):,} pairs, batch {config.batch_size}")
+        pairs = f"{len(shards):,}" if len(shards) else "streamed"
+        say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
+        for line in statement(shards):
+            say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
         if done.step:
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> Path:
 
     accelerator.wait_for_everyone()
     preprocess = loaded.preprocess_cfg
-    batches = train_batches(
+    batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
         picture=picture,
@@ -98,6 +100,7 @@ def train(config: TrainConfig) -> Path:
         num_workers=config.data.num_workers,
         caption=config.data.caption,
         shuffle_captions=config.data.shuffle_captions,
+        window=config.data.window,
     )
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
     with log, stop_signals() as stop, bar as advance:

@@ -6,6 +6,7 @@ import torch
 
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_set import cache_of
 from softmoe_clip.eval.class_folders import open_data
 from softmoe_clip.eval.encoder import Encoder
 from softmoe_clip.eval.suites import load_suite, run_suite
@@ -19,7 +20,9 @@ def measure(loaded: LoadedModel, config: TrainConfig, run: Path, step: int, devi
     encoder = Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, config.precision, batch_size=128)
     numbers = {}
     if config.data.val is not None:
-        numbers["val/loss"] = validation_loss(encoder, ShardSet.open(config.data.val), config.loss, config.batch_size)
+        numbers["val/loss"] = validation_loss(
+            encoder, ShardSet.open(config.data.val, cache_of(config.data)), config.loss, config.batch_size
+        )
     if config.eval.suite is not None:
         results = run_suite(encoder, load_suite(find_config(config.eval.suite)), model_name=str(run))
         results.save(run / "eval" / f"step_{step:08d}.json")
@@ -30,7 +33,7 @@ def measure(loaded: LoadedModel, config: TrainConfig, run: Path, step: int, devi
 def check_measured(config: TrainConfig) -> None:
     """Refuse held-out pairs or a suite that cannot be opened now, not hours later when they are first needed."""
     if config.data.val is not None:
-        ShardSet.open(config.data.val)
+        ShardSet.open(config.data.val, cache_of(config.data))
     if config.eval.suite is not None:
         suite = load_suite(find_config(config.eval.suite))
         for task in suite.tasks:

@@ -7,9 +7,10 @@ from time import perf_counter
 import torch
 
 from softmoe_clip.config import TrainConfig
-from softmoe_clip.data_pipelines.loader import train_batches
 from softmoe_clip.data_pipelines.pictures import Picture
+from softmoe_clip.data_pipelines.stream import Stream
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_set import batches_of, open_train
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
@@ -27,7 +28,7 @@ def print_plan(config: TrainConfig) -> None:
     from rich.table import Table
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards = ShardSet.open(config.data.train)
+    shards = open_train(config.data)
     schedule(config.optim, config.last_step)  # refuses here what training would refuse
     loaded = build(config)
     model = loaded.model
@@ -49,7 +50,8 @@ def print_plan(config: TrainConfig) -> None:
     table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
     table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
-    table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
+    if len(shards):
+        table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
     table.add_row("steps x batch", f"{config.last_step:,} x {config.batch_size:,}")
     table.add_row("pairs per second", f"{config.batch_size / seconds:,.0f}")
     table.add_row("expected time", duration(seconds * config.last_step))
@@ -57,14 +59,14 @@ def print_plan(config: TrainConfig) -> None:
 
 
 def timed_steps(
-    config: TrainConfig, loaded, shards: ShardSet, picture: Picture, device: torch.device
+    config: TrainConfig, loaded, shards: ShardSet | Stream, picture: Picture, device: torch.device
 ) -> tuple[float, int]:
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
     towers, preprocess = loaded.model.to(device), loaded.preprocess_cfg
     model = run_towers(config, towers)
     train_mode(model)
     optimizer = adamw(towers, config.optim)
-    batches = train_batches(
+    batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
         picture=picture,
@@ -72,6 +74,7 @@ def timed_steps(
         seed=config.seed,
         num_batches=WARM_STEPS + TIMED_STEPS,
         num_workers=config.data.num_workers,
+        window=config.data.window,
     )
     times = []
     begin = perf_counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
+from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.run_log import environment
 
 
@@ -28,7 +29,7 @@ def begin(run: Path, config: TrainConfig, shards) -> None:
     before_config = {"versions.json", temporary.name}
     goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
     if goes_on:
-        refuse_another_run(run, config, shards.fingerprint())
+        refuse_another_run(run, config, shards.fingerprint(), len(shards.counts))
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file: give a folder as out")
     if run.exists() and not saved.exists() and any(path.name not in before_config for path in run.iterdir()):
@@ -43,10 +44,13 @@ def begin(run: Path, config: TrainConfig, shards) -> None:
     temporary.rename(saved)
 
 
-def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str) -> None:
+def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_shards: int = 0) -> None:
     """Refuse to go on under a config or data that would make another run, naming each difference."""
     before = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
     now = flatten(as_tree(config))
+    # Runs that knew no windows mixed all shards; a window that holds them all is the same order.
+    one_window = now["data.window"] == 0 or num_shards <= now["data.window"]
+    before.setdefault("data.window", now["data.window"] if one_window else 0)
     differences = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -56,7 +60,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str) -> None
         raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
     if json.loads((run / "versions.json").read_text())["data"] != fingerprint:
         raise ValueError(
-            f"{run} was begun with other data than {config.data.train} holds now: give another folder as out"
+            f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
 
 
