@@ -187,6 +187,29 @@ def test_no_shards_is_an_error_that_names_them(tmp_path):
         check(str(tmp_path / "nowhere"))
 
 
+def test_check_writes_a_report_a_ledger_and_clean_shards(softmoe_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_set("shards", [png(0), png(1), png(0), b"no picture", png(2)])
+    write_set("val", [png(2)], ["another caption"])
+    done = softmoe_clip("check", "shards", "--against", "val", "--out", "r/check.json", "--fix", "clean", "--jobs", "1")
+    assert done.returncode == 1
+    assert "5 samples, 3 findings: 1 errors, 2 warnings" in done.stdout
+    assert "2 samples in clean, 2 left out, 1 joined" in done.stdout
+    report = json.loads((tmp_path / "r/check.json").read_text())
+    ledger = [json.loads(line) for line in (tmp_path / "r/check.jsonl").read_text().splitlines()]
+    assert report["findings"] == ledger
+    assert [finding["kind"] for finding in ledger] == ["bad picture", "same picture", "leaked picture"]
+
+    assert softmoe_clip("check", "clean", "--against", "val").returncode == 0
+    warned = softmoe_clip("check", "clean", "--processes", "2", "--strict")
+    assert warned.returncode == 1
+    assert "few shards" in warned.stdout
+    assert softmoe_clip("check", "clean", "--processes", "2").returncode == 0
+    for mistake in (["--fix", "val"], ["--out", "check.txt"], ["--jobs", "0"], ["--against", "nowhere"]):
+        done = softmoe_clip("check", "shards", *mistake)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), mistake
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts processes in /proc")
 def test_processes_end_when_their_parent_is_killed(tmp_path):
