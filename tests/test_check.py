@@ -177,6 +177,16 @@ def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(t
         write_findings(tmp_path / "check.jsonl", {}, [])
 
 
+def test_names_of_any_bytes_are_listed_and_steer_no_terminal(tmp_path, capsys):
+    write(tmp_path / "0.tar", [("\udcff\x1b[31m\n.png", b"no picture"), ("\udcff\x1b[31m\n.txt", b"a caption")])
+    report = check(str(tmp_path))
+    (bad,) = report.findings
+    assert bad["key"] == "?\x1b[31m\n"
+    write_findings(tmp_path / "check.json", {}, report.findings)
+    print_findings(report.findings)
+    assert "??[31m? in 0.tar: no picture" in capsys.readouterr().out
+
+
 def test_findings_are_grouped_errors_first(tmp_path):
     write(tmp_path / "0.tar", [*whole("a", 0), *whole("b", 0), ("c.png", png(1))])
     assert list(by_kind(check(str(tmp_path)).findings)) == ["bad caption", "same picture", "same caption"]
