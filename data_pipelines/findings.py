@@ -43,8 +43,9 @@ class Finding(TypedDict):
 
 
 def finding(kind: str, shard: str, key: str, reason: str, other: str = "") -> Finding:
-    """Make a finding; its kind says how severe it is."""
+    """Make a finding; its kind says how severe it is. A name in a tar may hold any bytes: those of no text become ?."""
     severity = "error" if kind in ERRORS else "warning"
+    key, reason, other = (text.encode("utf-8", "replace").decode() for text in (key, reason, other))
     return Finding(severity=severity, kind=kind, shard=shard, key=key, reason=reason, other=other)
 
 
@@ -102,4 +103,5 @@ def print_findings(findings: Sequence[Finding], num_shown: int = 3) -> None:
 def _shown(found: Finding) -> str:
     place = f"{found['key']} in {found['shard']}" if found["key"] and found["shard"] else found["shard"]
     text = f"{place}: {found['reason']}" if place else found["reason"]
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # no name may steer the terminal
     return text if len(text) <= 160 else text[:157] + "..."

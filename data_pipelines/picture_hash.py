@@ -24,7 +24,9 @@ MAX_COARSE_BITS = 10
 # the patches may differ by a median, and each of them by so much more, out of 255.
 MAX_SHIFT = 40
 MAX_PATCH = 25
-QUERIES = 4096  # searched at a time
+QUERIES = 64  # searched at a time: few, since a hundred thousand slides of one lecture look all alike
+PATIENCE, MANY = 8, 10_000  # hits of other colours are looked at one by one, then all the rest, so many at a time
+FEW = 10_000  # are compared one by one, more through tables
 
 FREQUENCIES = np.arange(NUM_FREQUENCIES)[:, None]
 WAVES = np.cos(np.pi / SIDE * FREQUENCIES * (np.arange(SIDE) + 0.5))
@@ -84,7 +86,7 @@ def _index(shapes: np.ndarray):
     import faiss
 
     num_bits = 8 * COARSE_BYTES
-    if len(shapes) <= 4 * QUERIES:
+    if len(shapes) <= FEW:
         index = faiss.IndexBinaryFlat(num_bits)
     else:
         index = faiss.IndexBinaryMultiHash(num_bits, 3, num_bits // 3)
@@ -98,20 +100,35 @@ def _coarse(shapes: np.ndarray) -> np.ndarray:
 
 
 def _closest(base: Look, queries: Look, query: np.ndarray, hit: np.ndarray) -> list[tuple[int, int, int]]:
-    bits = np.bitwise_count(queries.shapes[query] ^ base.shapes[hit]).sum(1, dtype=np.int64)
+    """Choose for each query, whose hits stand together, the hit of its colours with the fewest bits, then the first."""
+    bits = np.bitwise_count(queries.shapes[query].view(np.uint64) ^ base.shapes[hit].view(np.uint64)).sum(1)
     near = bits <= MAX_BITS
-    query, hit, bits = query[near], hit[near], bits[near]
-    alike = same_colours(queries.colours[query], base.colours[hit])
-    query, hit, bits = query[alike], hit[alike], bits[alike]
-    order = np.lexsort((hit, bits, query))
-    query, hit, bits = query[order], hit[order], bits[order]
-    first = np.flatnonzero(np.diff(query, prepend=-1))
-    return list(zip(query[first].tolist(), hit[first].tolist(), bits[first].tolist(), strict=True))
+    query, rank = query[near], bits[near].astype(np.int64) << 32 | hit[near]
+    found, rounds = [], 0
+    while len(query):
+        rounds += 1
+        if rounds == PATIENCE:
+            kept = [
+                same_colours(queries.colours[query[k : k + MANY]], base.colours[rank[k : k + MANY] & 0xFFFFFFFF])
+                for k in range(0, len(query), MANY)
+            ]
+            query, rank = query[np.concatenate(kept)], rank[np.concatenate(kept)]
+            continue
+        starts = np.flatnonzero(np.diff(query, prepend=-1))
+        asked, best = query[starts], np.minimum.reduceat(rank, starts)
+        hits = best & 0xFFFFFFFF
+        alike = same_colours(queries.colours[asked], base.colours[hits])
+        found += zip(asked[alike].tolist(), hits[alike].tolist(), (best[alike] >> 32).tolist(), strict=True)
+        # The others ask for their next best.
+        lengths = np.diff(starts, append=len(query))
+        left = np.repeat(~alike, lengths) & (rank != np.repeat(best, lengths))
+        query, rank = query[left], rank[left]
+    return sorted(found)
 
 
 def same_colours(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Tell which of n pairs of colours (n, 48) are those of one picture, up to its exposure and tint."""
     difference = (one.astype(np.float32) - other).reshape(-1, PATCHES**2, 3)
-    shift = np.median(difference, axis=1, keepdims=True) if len(difference) else difference
+    shift = np.median(difference, axis=1, keepdims=True)
     odd_patch = np.abs(difference - shift).mean(2).max(1)
     return (odd_patch <= MAX_PATCH) & (np.abs(shift).mean((1, 2)) <= MAX_SHIFT)

@@ -177,6 +177,16 @@ def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(t
         write_findings(tmp_path / "check.jsonl", {}, [])
 
 
+def test_names_of_any_bytes_are_listed_and_steer_no_terminal(tmp_path, capsys):
+    write(tmp_path / "0.tar", [("\udcff\x1b[31m\n.png", b"no picture"), ("\udcff\x1b[31m\n.txt", b"a caption")])
+    report = check(str(tmp_path))
+    (bad,) = report.findings
+    assert bad["key"] == "?\x1b[31m\n"
+    write_findings(tmp_path / "check.json", {}, report.findings)
+    print_findings(report.findings)
+    assert "??[31m? in 0.tar: no picture" in capsys.readouterr().out
+
+
 def test_findings_are_grouped_errors_first(tmp_path):
     write(tmp_path / "0.tar", [*whole("a", 0), *whole("b", 0), ("c.png", png(1))])
     assert list(by_kind(check(str(tmp_path)).findings)) == ["bad caption", "same picture", "same caption"]
@@ -185,6 +195,29 @@ def test_findings_are_grouped_errors_first(tmp_path):
 def test_no_shards_is_an_error_that_names_them(tmp_path):
     with pytest.raises(ValueError, match="nowhere is not there"):
         check(str(tmp_path / "nowhere"))
+
+
+def test_check_writes_a_report_a_ledger_and_clean_shards(softmoe_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_set("shards", [png(0), png(1), png(0), b"no picture", png(2)])
+    write_set("val", [png(2)], ["another caption"])
+    done = softmoe_clip("check", "shards", "--against", "val", "--out", "r/check.json", "--fix", "clean", "--jobs", "1")
+    assert done.returncode == 1
+    assert "5 samples, 3 findings: 1 errors, 2 warnings" in done.stdout
+    assert "2 samples in clean, 2 left out, 1 joined" in done.stdout
+    report = json.loads((tmp_path / "r/check.json").read_text())
+    ledger = [json.loads(line) for line in (tmp_path / "r/check.jsonl").read_text().splitlines()]
+    assert report["findings"] == ledger
+    assert [finding["kind"] for finding in ledger] == ["bad picture", "same picture", "leaked picture"]
+
+    assert softmoe_clip("check", "clean", "--against", "val").returncode == 0
+    warned = softmoe_clip("check", "clean", "--processes", "2", "--strict")
+    assert warned.returncode == 1
+    assert "few shards" in warned.stdout
+    assert softmoe_clip("check", "clean", "--processes", "2").returncode == 0
+    for mistake in (["--fix", "val"], ["--out", "check.txt"], ["--jobs", "0"], ["--against", "nowhere"]):
+        done = softmoe_clip("check", "shards", *mistake)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), mistake
 
 
 @pytest.mark.slow

@@ -169,7 +169,6 @@ MISTAKES = {
     "a missing source": (["pack", "nowhere", "out"], "nowhere"),
     "an empty source": (["pack", "empty", "out"], "empty"),
     "missing shards to check": (["check", "nowhere"], "nowhere"),
-    "missing shards to count": (["stats", "nowhere", "out"], "nowhere"),
     "a full folder for the stats": (["stats", "nowhere", "half"], "half exists and is not empty"),
     "missing captions": (["train-tokenizer", "nowhere", "tokenizer.model"], "nowhere"),
     "a missing model": (["eval", "nowhere", "--suite", "{suite}"], "no model at nowhere"),
@@ -288,39 +287,6 @@ def test_check_fails_where_samples_are_bad(softmoe_clip, working_folder):
     done = softmoe_clip("check", "shards")
     assert done.returncode == 1
     assert "000000000" in done.stdout
-
-
-def test_check_writes_a_report_a_ledger_and_clean_shards(softmoe_clip, working_folder):
-    from picture_shards import png, write_set
-
-    write_set("shards", [png(0), png(1), png(0), b"no picture", png(2)])
-    write_set("val", [png(2)], ["another caption"])
-    done = softmoe_clip("check", "shards", "--against", "val", "--out", "r/check.json", "--fix", "clean", "--jobs", "1")
-    assert done.returncode == 1
-    assert "5 samples, 3 findings: 1 errors, 2 warnings" in done.stdout
-    assert "2 samples in clean, 2 left out, 1 joined" in done.stdout
-    report = json.loads((working_folder / "r/check.json").read_text())
-    ledger = [json.loads(line) for line in (working_folder / "r/check.jsonl").read_text().splitlines()]
-    assert report["findings"] == ledger
-    assert [finding["kind"] for finding in ledger] == ["bad picture", "same picture", "leaked picture"]
-
-    assert softmoe_clip("check", "clean", "--against", "val").returncode == 0
-    warned = softmoe_clip("check", "clean", "--processes", "2", "--strict")
-    assert warned.returncode == 1
-    assert "few shards" in warned.stdout
-    assert softmoe_clip("check", "clean", "--processes", "2").returncode == 0
-    for mistake in (["--fix", "val"], ["--out", "check.txt"], ["--jobs", "0"], ["--against", "nowhere"]):
-        done = softmoe_clip("check", "shards", *mistake)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), mistake
-
-
-def test_stats_prints_a_table_and_draws_a_page(softmoe_clip, working_folder, scenes, tokenizer_file):
-    done = softmoe_clip("stats", f"{scenes}/val", "out", "--tokenizer", tokenizer_file, "--context-length", "8")
-    assert done.returncode == 0
-    assert "tokens per caption" in done.stdout
-    assert "40 samples in 1 shards: out/stats.html" in done.stdout
-    assert (working_folder / "out/words.png").exists()
-    assert (working_folder / "out/stats.html").exists()
 
 
 def test_ctrl_c_is_no_traceback(softmoe_clip, monkeypatch):

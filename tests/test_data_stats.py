@@ -134,6 +134,16 @@ def test_words_in_any_script_are_counted_and_shown(tmp_path):
         assert f">{word}</span>" in text
 
 
+def test_stats_prints_a_table_and_draws_a_page(softmoe_clip, tmp_path, monkeypatch, scenes, tokenizer_file):
+    monkeypatch.chdir(tmp_path)
+    done = softmoe_clip("stats", f"{scenes}/val", "out", "--tokenizer", tokenizer_file, "--context-length", "8")
+    assert done.returncode == 0
+    assert "tokens per caption" in done.stdout
+    assert "40 samples in 1 shards: out/stats.html" in done.stdout
+    assert (tmp_path / "out/words.png").exists()
+    assert (tmp_path / "out/stats.html").exists()
+
+
 def test_no_samples_is_an_error(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no samples"):

@@ -115,6 +115,14 @@ def test_one_shape_in_other_colours_is_another_picture():
     assert [(a, b) for a, b, _ in nearest_earlier(flags)] == [(2, 0)]
 
 
+def test_one_shape_in_many_colours_finds_its_own_among_them():
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (300, COLOUR_BYTES), np.uint8)
+    colours[299] = colours[7]
+    shapes = np.full((300, HASH_BYTES), 85, np.uint8)
+    assert nearest_earlier(Look(shapes, colours, np.ones(300, bool))) == [(299, 7, 0)]
+
+
 def test_pictures_of_one_tone_have_no_look_to_compare():
     assert nearest_earlier(look(Image.new("RGB", (20, 20), tone) for tone in ("white", "white", "black"))) == []
     assert nearest_in(look([]), look([Image.linear_gradient("L").convert("RGB")])) == []
@@ -132,7 +140,7 @@ def colours_differ(one, other) -> bool:
 @pytest.mark.parametrize("multi", [False, True])
 def test_the_search_finds_what_a_comparison_of_all_pairs_finds(monkeypatch, multi):
     if multi:  # tables instead of a scan
-        monkeypatch.setattr(picture_hash, "QUERIES", 64)
+        monkeypatch.setattr(picture_hash, "FEW", 0)
     rng = np.random.default_rng(0)
     n = 400
     shapes = rng.integers(0, 256, (n, HASH_BYTES), np.uint8)
