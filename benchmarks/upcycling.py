@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/upcycling"))
     parser.add_argument("--dense", type=Path, help="a dense run of benchmarks/flickr8k.py; trained here if not given")
     parser.add_argument("--dense-steps", type=int, default=3020)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=50, help="steps between measurements")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=25, help="steps between measurements")
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument(

@@ -175,8 +175,12 @@ def load_open_clip(name: str) -> LoadedModel:
     if tag is not None:
         check_known("open_clip architecture", architecture, open_clip.list_models())
         check_known(f"tag of {architecture}", tag, open_clip.list_pretrained_tags_by_model(architecture))
+    # open_clip only warns where the weights want another activation than the architecture has.
+    quick_gelu = tag is not None and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, output_dict=True)
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=tag, output_dict=True, force_quick_gelu=quick_gelu
+        )
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # hubs fail in many ways, and each of them means the same to the user
         raise ValueError(f"cannot get the model {name}: {' '.join(str(error).split())[:300]}") from error
