@@ -1,6 +1,7 @@
 """Dense towers become Soft MoE towers: experts are the MLPs they replace, and what is left of the function is told."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_shards_are_pictures_too(source, scenes, tmp_path):
 def test_layers_are_read_as_people_write_them(layers):
     assert block_list(layers) == layers
     assert block_list("6, 7,9-11") == [6, 7, 9, 10, 11]
-    for wrong in ("", "last", "3-", "-1", "3;4"):
+    for wrong in ("", "last", "3-", "-1", "3;4", "3-1", "0-99999999999"):
         with pytest.raises(ValueError, match="last_half or block numbers"):
             block_list(wrong)
 
@@ -103,6 +104,33 @@ def test_upcycling_twice_is_refused_and_nothing_is_written(source, tmp_path, lay
         with pytest.raises(ValueError, match=r"the image tower of .* holds MoE layers already"):
             upcycle(str(tmp_path / mode), tmp_path / "twice", 2, layers)
     assert not (tmp_path / "twice").exists()
+
+
+def test_the_same_call_gives_the_same_bytes(source, pictures, tmp_path, folder_bytes):
+    for mode in ("noise", "centroids"):
+        for out in ("one", "two"):
+            upcycle(str(source), tmp_path / out, 2, [3], mode, pictures=str(pictures))
+        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+
+
+def test_a_dense_model_is_never_written_over(source, tmp_path, folder_bytes):
+    shutil.copytree(source, tmp_path / "run/model")
+    before = folder_bytes(tmp_path)
+    for name, out in (("run", "run/model"), ("run/model", "run/model"), ("local-dir:{}", "run/model")):
+        name = name.format(tmp_path / out) if "{}" in name else str(tmp_path / name)
+        with pytest.raises(ValueError, match="is the dense model itself: choose another folder"):
+            upcycle(name, tmp_path / out, 2)
+    assert folder_bytes(tmp_path) == before
+
+
+def test_a_model_that_gives_no_numbers_is_refused(source, tmp_path):
+    loaded = load(source)
+    with torch.no_grad():
+        next(loaded.model.visual.parameters()).fill_(torch.nan)
+    save(loaded, tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"the embeddings of .*damaged are not finite"):
+        upcycle(str(tmp_path / "damaged"), tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb_prints_the_cosine(softmoe_clip, source, pictures, tmp_path):
@@ -122,17 +150,21 @@ def test_the_verb_prints_the_cosine(softmoe_clip, source, pictures, tmp_path):
         (["--num-experts", 10**12], "this machine has"),
         (["--num-experts", 2, "--mode", "moove"], "copy, noise, shared, centroids, got 'moove'"),
         (["--num-experts", 2, "--mode", "centroids"], "give some with --pictures"),
-        (["--num-experts", 2, "--layers", "4"], "blocks are 0 to 3"),
+        (["--num-experts", 2, "--layers", "4"], "do not fit this image tower: its blocks are 0 to 3"),
+        (["--num-experts", 2, "--slots-per-expert", 10**12], "this machine has"),
         (["--num-experts", 2, "--layers", "a"], "6,7,9-11"),
         (["--num-experts", 2, "--pictures", "empty"], "no pictures and no shards in empty"),
+        (["--num-experts", 2, "--pictures", "damaged"], "damaged/a.jpg: no picture in a known format"),
         ([], "--num-experts"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(softmoe_clip, source, tmp_path, monkeypatch, options, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/a.jpg").write_bytes(b"no picture")
     done = softmoe_clip("upcycle", source, "out", *options)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert told in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty"]

@@ -127,6 +127,45 @@ def test_a_siglip_folder_that_open_clip_wrote_keeps_tokenizer_and_preprocessing(
     torch.testing.assert_close(after.model.encode_image(expected[None]), model.encode_image(expected[None]))
 
 
+@pytest.fixture
+def hub_repository(tmp_path, monkeypatch):
+    """A repository of the hub as it lies in the cache: the small SigLIP image tower beside CLIP's words."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache/models--somebody--a-clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    model_cfg = SIGLIP | {"text_cfg": NATIVE["text_cfg"] | {"layers": 2, "no_causal_mask": True}}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": MEAN, "std": STD, "resize_mode": "squash"}}
+    (snapshot / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = shaken(open_clip.CustomTextCLIP(**{k: v for k, v in model_cfg.items() if k != "custom_text"}))
+    save_file(model.state_dict(), snapshot / "open_clip_model.safetensors")
+    return snapshot
+
+
+def test_a_model_on_the_hub_is_upcycled(siglip_tower, hub_repository, tmp_path):
+    done = upcycle("hf-hub:somebody/a-clip", tmp_path / "out", 3, mode="shared", text=True)
+    assert min(done.image.least, done.text.least) >= 0.9999
+    assert load(tmp_path / "out").preprocess_cfg["mean"] == MEAN
+
+
+def test_a_model_on_the_hub_without_weights_or_preprocessing_is_one_sentence(siglip_tower, hub_repository, tmp_path):
+    config = json.loads((hub_repository / "open_clip_config.json").read_text())
+    (hub_repository / "open_clip_config.json").write_text(json.dumps({"model_cfg": config["model_cfg"]}))
+    with pytest.raises(ValueError, match="has no preprocess_cfg with mean, std: it can't be guessed"):
+        upcycle("hf-hub:somebody/a-clip", tmp_path / "out", 3)
+    (hub_repository / "open_clip_config.json").write_text(json.dumps(config))
+    (hub_repository / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot get the model hf-hub:somebody/a-clip: .*weights"):
+        upcycle("hf-hub:somebody/a-clip", tmp_path / "out", 3)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
 def test_a_tag_of_open_clips_brings_architecture_activation_and_preprocessing(tmp_path, monkeypatch, quick_gelu):
     name = f"NativeTagged{quick_gelu}"
@@ -174,9 +213,11 @@ def test_a_vit_of_timms_brings_weights_pooling_and_preprocessing_and_gets_a_text
     [
         ("timm:vit_tiny_patch16_242", "did you mean 'vit_tiny_patch16_224'"),
         ("timm:plain_vit_demo_patch8_64", "plain_vit_demo_patch8_64"),
+        ("timm:resnet50", "cannot put MoE layers into a ResNet"),
+        ("timm:swin_tiny_patch4_window7_224", "cannot put MoE layers into a SwinTransformer"),
     ],
 )
-def test_a_timm_name_without_weights_is_one_sentence(source, told, tmp_path):
+def test_a_timm_name_without_weights_or_blocks_is_one_sentence(source, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         upcycle(source, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Upcycling the text tower, too: what keeps its function, what the cosine of captions is, which towers refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -154,6 +155,15 @@ def test_a_tower_that_holds_experts_refuses_more_of_them_in_other_blocks(ours, t
     upcycle(ours, tmp_path / "both", 2, [1], text=True)
     with pytest.raises(ValueError, match=r"the image tower of .*both holds MoE layers already"):
         upcycle(str(tmp_path / "both"), tmp_path / "out", 2, [0], text=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_its_tokenizer_is_one_sentence(ours, tmp_path):
+    shutil.copytree(ours, tmp_path / "dense")
+    for file in (tmp_path / "dense").glob("*tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"ids up to 49,407 and the text tower knows \d+: copy the tokenizer's files"):
+        upcycle(str(tmp_path / "dense"), tmp_path / "out", 2, text=True)
     assert not (tmp_path / "out").exists()
 
 

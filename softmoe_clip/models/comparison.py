@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.images import decode_rgb
@@ -60,7 +61,7 @@ def pairs_to_compare(loaded: LoadedModel, pictures: str | None) -> Pairs:
 def folder_pairs(folder: str, transform) -> tuple[Tensor, list[str]]:
     """Read the first pictures of a folder, in order of their names, and its first captions, if it has any."""
     files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in PICTURES and file.is_file()]
-    images = [transform(decode_rgb(file.read_bytes())) for file in files[:NUM_PAIRS]]
+    images = [transform(read_picture(file)) for file in files[:NUM_PAIRS]]
     if not images:
         raise ValueError(f"no pictures and no shards in {folder}: check the path")
     try:
@@ -68,6 +69,14 @@ def folder_pairs(folder: str, transform) -> tuple[Tensor, list[str]]:
     except ValueError:  # no captions
         items = []
     return torch.stack(images), [item.captions[0] for item in items if item.captions][:NUM_PAIRS]
+
+
+def read_picture(file: Path) -> Image.Image:
+    """Decode one picture, or say which one cannot be."""
+    try:
+        return decode_rgb(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def shard_pairs(shards: str, transform) -> tuple[Tensor, list[str]]:
@@ -85,5 +94,22 @@ def embedded(loaded: LoadedModel, pairs: Pairs, text: bool) -> list[Tensor]:
     with torch.inference_mode():
         found = [[model.encode_image(part) for part in pairs.images.split(BATCH)]]
         if text:
-            found.append([model.encode_text(part) for part in loaded.tokenizer(pairs.captions).split(BATCH)])
+            token_ids = loaded.tokenizer(pairs.captions)
+            check_vocabulary(int(token_ids.max()), model.text.vocab_size)
+            found.append([model.encode_text(part) for part in token_ids.split(BATCH)])
     return [torch.cat(parts).double() for parts in found]
+
+
+def check_vocabulary(largest_id: int, vocab_size: int) -> None:
+    """Refuse ids that the text tower does not know: CLIP's tokenizer is taken where a folder holds none."""
+    if largest_id >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {largest_id:,} and the text tower knows {vocab_size:,}: "
+            "copy the tokenizer's files into the model folder"
+        )
+
+
+def check_finite(embeddings: list[Tensor], model: str) -> None:
+    """Refuse a model whose embeddings are no numbers."""
+    if not all(each.isfinite().all() for each in embeddings):
+        raise ValueError(f"the embeddings of {model} are not finite: its weights are damaged, or the pictures are")

@@ -11,12 +11,13 @@ from torch import nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
-from softmoe_clip.models.comparison import embedded, pairs_to_compare
+from softmoe_clip.models.comparison import check_finite, embedded, pairs_to_compare
 from softmoe_clip.models.create import build
 from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of, without_downloads
 from softmoe_clip.moe.install import tower_blocks, tower_label
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
+MOST_BLOCKS = 10_000
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
@@ -60,6 +61,7 @@ def upcycle(
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
     loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
     loaded = with_config(loaded, source)
+    check_not_itself(source, out)
     towers = {"image_moe": loaded.model.visual}
     if text:
         loaded = with_text_module(loaded)
@@ -74,6 +76,7 @@ def upcycle(
         "text_moe": lambda: loaded.model.encode_text(loaded.tokenizer(fitted_on.captions)),
     }
     before = embedded(loaded, pairs, text)
+    check_finite(before, source)
     with torch.no_grad():
         done = {key: asdict(upcycle_tower(tower, moe, mode, 0, shown[key])) for key, tower in towers.items()}
     loaded.config["softmoe"] = written | done
@@ -93,9 +96,10 @@ def block_list(layers: str | list[int]) -> str | list[int]:
     blocks = []
     for part in layers.split(","):
         ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if ends is None:
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if not first <= last < MOST_BLOCKS:
             raise ValueError(f"layers must be last_half or block numbers as in 6,7,9-11, got {layers!r}")
-        blocks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        blocks += range(first, last + 1)
     return blocks
 
 
@@ -109,6 +113,7 @@ def new_text_tower(name: str, pretrained: bool = True) -> LoadedModel:
         check_known("timm model", name, timm.list_models())
     with torch.device("meta"):
         trunk = timm.create_model(name, num_classes=0)
+    tower_blocks(trunk)
     cfg, width = trunk.pretrained_cfg, trunk.num_features
     if cfg["input_size"][1] != cfg["input_size"][2] or width % 64:
         raise ValueError(
@@ -157,6 +162,13 @@ def with_text_module(loaded: LoadedModel) -> LoadedModel:
     state = loaded.model.state_dict()
     model.load_state_dict({name if name.startswith(whole) else f"text.{name}": state[name] for name in state})
     return loaded._replace(model=model, config=config)
+
+
+def check_not_itself(source: str, out: str | Path) -> None:
+    """Refuse to write over the dense model: it could not be upcycled, or compared with, again."""
+    folder = Path(source.removeprefix("local-dir:")).resolve()
+    if Path(out).resolve() in (folder, folder / "model"):
+        raise ValueError(f"{out} is the dense model itself: choose another folder for the upcycled one")
 
 
 def check_dense(tower: nn.Module, written: dict | None, source: str) -> None:

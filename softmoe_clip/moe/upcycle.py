@@ -10,7 +10,7 @@ from torch import nn
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.moe.centroids import slots_from_tokens
 from softmoe_clip.moe.experts import ACTIVATIONS, Experts
-from softmoe_clip.moe.install import chosen_blocks, install, tower_blocks, two_linears
+from softmoe_clip.moe.install import chosen_blocks, install, tower_blocks, tower_label, two_linears
 from softmoe_clip.moe.shared import SharedExpert
 
 Mode = Literal["copy", "noise", "shared", "centroids"]
@@ -36,10 +36,12 @@ def upcycle_tower(
     it did. In the other modes it does not, since slots mix tokens. Raises ValueError before anything is changed.
     """
     blocks = tower_blocks(tower)
-    dense = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
+    dense = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks), tower_label(tower))}
     linears = {i: two_linears(mlp, i) for i, mlp in dense.items()}
     config = replace(config, activation=common_activation(dense), shared_expert=mode == "shared")
-    install(tower, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        install(tower, config)
     generator = torch.Generator().manual_seed(seed)
     for i, (first, second) in linears.items():
         layer = blocks[i].mlp
