@@ -246,7 +246,7 @@ def draw(rows: dict[str, dict], file: Path) -> None:
             axes.tick_params(labelsize=10.5)
         figure.text(0.025, 0.93, "What upcycling costs, and how soon it is won back", fontsize=15, color=INK)
         figure.text(
-            0.975, 0.93, "recall@10 in 1,000 pictures, mean of both ways", fontsize=10.5, color=QUIET, ha="right"
+            0.975, 0.93, "recall@10 on validation pictures, mean of both ways", fontsize=10.5, color=QUIET, ha="right"
         )
         legend(figure, [mode for mode in COLOURS if any(name.split(",")[0] == mode for name in rows)])
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,9 +261,8 @@ def legend(figure, modes: list[str]) -> None:
     for mode in modes:
         style = (0, (2.5, 1.5)) if mode == "dense" else "-"
         figure.add_artist(Line2D([x, x + 0.022], [0.872] * 2, color=COLOURS[mode], linewidth=2.2, linestyle=style))
-        name = NAMES.get(mode, mode)
-        figure.text(x + 0.029, 0.872, name, fontsize=11, color=INK, va="center")
-        x += 0.058 + 0.0088 * len(name)
+        label = figure.text(x + 0.029, 0.872, NAMES.get(mode, mode), fontsize=11, color=INK, va="center")
+        x = label.get_window_extent().x1 / figure.bbox.width + 0.025
 
 
 if __name__ == "__main__":
