@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/upcycling"))
     parser.add_argument("--dense", type=Path, help="a dense run of benchmarks/flickr8k.py; trained here if not given")
     parser.add_argument("--dense-steps", type=int, default=3020)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=25, help="steps between measurements")
-    parser.add_argument("--warmup", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--every", type=int, default=20, help="steps between measurements")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument(
         "--shards", type=Path, help="shards that benchmarks/flickr8k.py packed, and its tokenizer beside"
     )
@@ -114,7 +114,7 @@ def row(options, start: Start, layers: str | None) -> dict:
     """Measure a start, train it on, and return its curve and its costs."""
     from softmoe_clip.models.summary import summary
 
-    run = options.work / f"{start.mode}_{layers}_{options.steps}_{options.lr:g}"
+    run = options.work / "_".join(filter(None, (start.mode, layers, str(options.steps), f"{options.lr:g}")))
     first = run.with_name(run.name + "_step_0.json")
     if not first.exists():
         first.write_text(json.dumps(measured(options, start.model)))
@@ -230,9 +230,10 @@ def draw(rows: dict[str, dict], file: Path) -> None:
     fonts = {"font.family": "sans-serif", "font.sans-serif": ["Liberation Sans", "Arial", "DejaVu Sans"]}
     panels = [layers for layers in LAYERS if any(name.endswith(f", {layers}") for name in rows)]
     with rc_context(style | fonts | {"text.color": INK}):
-        figure = Figure(figsize=(4.9 * len(panels) + 0.4, 4.3), facecolor=PAPER)
+        width = max(7.6, 4.9 * len(panels) + 0.4)
+        figure = Figure(figsize=(width, 4.3), facecolor=PAPER)
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        figure.subplots_adjust(left=0.062, right=0.98, bottom=0.15, top=0.74, wspace=0.09)
+        figure.subplots_adjust(left=0.63 / width, right=1 - 0.22 / width, bottom=0.15, top=0.74, wspace=0.09)
         for axes, layers in zip(all_axes, panels, strict=True):
             shown = {
                 name.removesuffix(f", {layers}"): row for name, row in rows.items() if name.endswith(f", {layers}")
@@ -244,10 +245,8 @@ def draw(rows: dict[str, dict], file: Path) -> None:
             axes.set_title(LAYERS[layers], loc="left", fontsize=12, color=INK, pad=10)
             axes.set_xlabel("training steps", fontsize=10.5, color=QUIET, loc="right", labelpad=4)
             axes.tick_params(labelsize=10.5)
-        figure.text(0.025, 0.93, "What upcycling costs, and how soon it is won back", fontsize=15, color=INK)
-        figure.text(
-            0.975, 0.93, "recall@10 on validation pictures, mean of both ways", fontsize=10.5, color=QUIET, ha="right"
-        )
+        figure.text(0.26 / width, 0.93, "What upcycling costs, and how soon it is won back", fontsize=15, color=INK)
+        all_axes[-1].set_title("recall@10, mean of both ways", loc="right", fontsize=10.5, color=QUIET, pad=10)
         legend(figure, [mode for mode in COLOURS if any(name.split(",")[0] == mode for name in rows)])
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=160, facecolor=PAPER)
@@ -257,12 +256,15 @@ def legend(figure, modes: list[str]) -> None:
     """Write the names of the curves in one line, each behind a stroke of its colour."""
     from matplotlib.lines import Line2D
 
-    x = 0.025
+    width = figure.get_figwidth()
+    x = 0.26 / width
     for mode in modes:
         style = (0, (2.5, 1.5)) if mode == "dense" else "-"
-        figure.add_artist(Line2D([x, x + 0.022], [0.872] * 2, color=COLOURS[mode], linewidth=2.2, linestyle=style))
-        label = figure.text(x + 0.029, 0.872, NAMES.get(mode, mode), fontsize=11, color=INK, va="center")
-        x = label.get_window_extent().x1 / figure.bbox.width + 0.025
+        figure.add_artist(
+            Line2D([x, x + 0.22 / width], [0.872] * 2, color=COLOURS[mode], linewidth=2.2, linestyle=style)
+        )
+        label = figure.text(x + 0.3 / width, 0.872, NAMES.get(mode, mode), fontsize=11, color=INK, va="center")
+        x = label.get_window_extent().x1 / figure.bbox.width + 0.25 / width
 
 
 if __name__ == "__main__":
