@@ -76,7 +76,10 @@ class MoEConfig:
 
     def __post_init__(self):
         if min(self.num_experts, self.slots_per_expert) < 1:
-            raise ValueError(f"a Soft MoE layer needs at least one expert and one slot, got {self}")
+            raise ValueError(
+                "a Soft MoE layer needs at least one expert and one slot, "
+                f"got num_experts={self.num_experts}, slots_per_expert={self.slots_per_expert}"
+            )
         is_block_list = not isinstance(self.layers, str) and all(isinstance(i, int) for i in self.layers)
         if self.layers != "last_half" and not is_block_list:
             raise ValueError(f"layers must be last_half or a list of blocks such as [3, 4, 5], got {self.layers!r}")

@@ -8,6 +8,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 
 import softmoe_clip.plugin  # noqa: F401
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.models.text import TextTower
 from softmoe_clip.moe import SoftMoE, collect_routing, install
 
 SMALL = MoEConfig(num_experts=3, slots_per_expert=2)
@@ -154,3 +155,9 @@ def test_the_need_for_memory_is_that_of_the_layers_parameters(monkeypatch):
         install(timm_tower(), SMALL)
     with torch.device("meta"):
         install(timm_tower(), SMALL)
+
+
+def test_the_last_half_of_one_block_is_refused_where_it_would_be_none():
+    tower = TextTower(4, 10, 16, 2, 1, 24, 8)
+    with pytest.raises(ValueError, match=r"last half of 1 block is none: give the text tower's block as layers \[0\]"):
+        install(tower, MoEConfig(num_experts=2))

@@ -18,6 +18,7 @@ from torch import nn
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.create import build, read_json
 from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours
+from softmoe_clip.models.written import check_written
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -112,12 +113,7 @@ def read_folder(folder: Path) -> tuple[Path, dict]:
         )
     config_file = folder / CONFIG_FILE
     written = read_json(config_file)
-    for key, inner in (("model_cfg", ("embed_dim", "vision_cfg", "text_cfg")), ("preprocess_cfg", ("mean", "std"))):
-        missing = [name for name in inner if name not in (written.get(key) or {})]
-        if missing:
-            raise ValueError(
-                f"{config_file} has no {key} with {', '.join(missing)}: it can't be guessed, write it there"
-            )
+    check_written(written, str(config_file))
     return folder, written
 
 
@@ -185,8 +181,12 @@ def load_open_clip(name: str) -> LoadedModel:
     if tag is not None:
         check_known("open_clip architecture", architecture, open_clip.list_models())
         check_known(f"tag of {architecture}", tag, open_clip.list_pretrained_tags_by_model(architecture))
+    # open_clip only warns where the weights want another activation than the architecture has.
+    quick_gelu = tag is not None and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, output_dict=True)
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=tag, output_dict=True, force_quick_gelu=quick_gelu, require_pretrained=True
+        )
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # hubs fail in many ways, and each of them means the same to the user
         raise ValueError(f"cannot get the model {name}: {' '.join(str(error).split())[:300]}") from error

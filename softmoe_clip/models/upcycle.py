@@ -4,29 +4,36 @@ import re
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softmoe_clip.config import MoEConfig
-from softmoe_clip.data_pipelines.images import decode_rgb
-from softmoe_clip.data_pipelines.sources import PICTURES
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
+from softmoe_clip.models.comparison import check_finite, embedded, pairs_to_compare
 from softmoe_clip.models.create import build
-from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of
+from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of, without_downloads
+from softmoe_clip.moe.install import tower_blocks, tower_label
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
-NUM_PICTURES = 64
+MOST_BLOCKS = 10_000
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
-class Upcycled(NamedTuple):
-    """Cosines of image embeddings before and after, and what they were measured on."""
+class Change(NamedTuple):
+    """Cosines of embeddings before and after, and what they were measured on."""
 
     mean: float
     least: float
     measured_on: str
+
+
+class Upcycled(NamedTuple):
+    """What upcycling changed; `text` is None where the text tower stayed as it was."""
+
+    image: Change
+    text: Change | None = None
 
 
 def upcycle(
@@ -37,26 +44,49 @@ def upcycle(
     mode: str = "copy",
     slots_per_expert: int = 1,
     pictures: str | None = None,
+    text: bool = False,
 ) -> Upcycled:
     """Write the model folder `out`: the dense model `source` with Soft MoE layers in its image tower.
 
-    `layers` is last_half, or block numbers as in "6,7,9-11". Soft MoE mixes tokens, so that copies do not keep what the
-    tower computes: how much is left is measured on `pictures` (shards, or a folder), on noise where there are none.
+    `layers` is last_half, or block numbers as in "6,7,9-11"; with `text` they are those of the text tower, too. Soft
+    MoE mixes tokens, so that copies do not keep what a tower computes: how much is left is measured on `pictures`
+    (shards, or a folder) and their captions, without them on noise and on a few sentences.
     A source `timm:NAME` is a ViT with timm's pretrained weights; the text tower beside it is new.
     Raises ValueError, one sentence, for what cannot be upcycled; then nothing is written.
     """
-    if mode not in (modes := Mode.__args__):
+    if mode not in (modes := get_args(Mode)):
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    if mode == "centroids" and pictures is None:
+        raise ValueError("mode centroids looks at pictures: give some with --pictures")
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
     loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
     loaded = with_config(loaded, source)
-    images, measured_on = measured_pictures(loaded, pictures)
-    before = embedded(loaded.model, images)
-    moe = upcycle_tower(loaded.model.visual, moe, mode)
-    cosines = torch.nn.functional.cosine_similarity(before, embedded(loaded.model, images), dim=-1)
-    loaded.config["softmoe"] = (loaded.config.get("softmoe") or {}) | {"image_moe": asdict(moe)}
+    check_not_itself(source, out)
+    towers = {"image_moe": loaded.model.visual}
+    if text:
+        loaded = with_text_module(loaded)
+        towers = {"image_moe": loaded.model.visual, "text_moe": loaded.model.text}
+    written = loaded.config.get("softmoe") or {}
+    for key, tower in towers.items():
+        check_dense(tower, written.get(key), source)
+    pairs = pairs_to_compare(loaded, pictures)
+    fitted_on, pairs = pairs.halves() if mode == "centroids" else (None, pairs)
+    shown = {
+        "image_moe": lambda: loaded.model.encode_image(fitted_on.images),
+        "text_moe": lambda: loaded.model.encode_text(loaded.tokenizer(fitted_on.captions)),
+    }
+    before = embedded(loaded, pairs, text)
+    check_finite(before, source)
+    with torch.no_grad():
+        done = {key: asdict(upcycle_tower(tower, moe, mode, 0, shown[key])) for key, tower in towers.items()}
+    loaded.config["softmoe"] = written | done
+    cosines = map(torch.nn.functional.cosine_similarity, before, embedded(loaded, pairs, text))
+    changes = [
+        Change(each.mean().item(), each.min().item(), what)
+        for each, what in zip(cosines, pairs.described, strict=False)
+    ]
     save(loaded, out)
-    return Upcycled(cosines.mean().item(), cosines.min().item(), measured_on)
+    return Upcycled(*changes)
 
 
 def block_list(layers: str | list[int]) -> str | list[int]:
@@ -66,9 +96,10 @@ def block_list(layers: str | list[int]) -> str | list[int]:
     blocks = []
     for part in layers.split(","):
         ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if ends is None:
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if not first <= last < MOST_BLOCKS:
             raise ValueError(f"layers must be last_half or block numbers as in 6,7,9-11, got {layers!r}")
-        blocks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        blocks += range(first, last + 1)
     return blocks
 
 
@@ -82,6 +113,7 @@ def new_text_tower(name: str, pretrained: bool = True) -> LoadedModel:
         check_known("timm model", name, timm.list_models())
     with torch.device("meta"):
         trunk = timm.create_model(name, num_classes=0)
+    tower_blocks(trunk)
     cfg, width = trunk.pretrained_cfg, trunk.num_features
     if cfg["input_size"][1] != cfg["input_size"][2] or width % 64:
         raise ValueError(
@@ -118,38 +150,31 @@ def with_config(loaded: LoadedModel, source: str) -> LoadedModel:
     return loaded._replace(config={"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
 
 
-def measured_pictures(loaded: LoadedModel, pictures: str | None) -> tuple[Tensor, str]:
-    """Return up to 64 transformed pictures (b, 3, r, r) and what to call them."""
-    if pictures is None:
-        shape = (NUM_PICTURES // 4, 3, loaded.image_size, loaded.image_size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return noise, f"{len(noise)} pictures of random pixels, for want of real ones"
-    folder = Path(pictures)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
-        images = folder_pictures(folder, loaded.transform)
-    else:
-        images = shard_pictures(pictures, loaded.transform)
-    return images, f"{len(images)} pictures of {pictures}"
+def with_text_module(loaded: LoadedModel) -> LoadedModel:
+    """Rebuild a model of open_clip's class CLIP, which spreads its text tower out, with that tower as `model.text`."""
+    if hasattr(loaded.model, "text"):
+        return loaded
+    tower_blocks(loaded.model)  # nearly all of them are causal: refused before anything is built
+    config = deepcopy(loaded.config)
+    config["model_cfg"]["custom_text"] = True
+    model = build(without_downloads(config)).eval()
+    whole = ("visual.", "logit_scale", "logit_bias")
+    state = loaded.model.state_dict()
+    model.load_state_dict({name if name.startswith(whole) else f"text.{name}": state[name] for name in state})
+    return loaded._replace(model=model, config=config)
 
 
-def folder_pictures(folder: Path, transform) -> Tensor:
-    """Read the first pictures of a folder, in order of their names."""
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES and file.is_file()]
-    images = [transform(decode_rgb(file.read_bytes())) for file in files[:NUM_PICTURES]]
-    if not images:
-        raise ValueError(f"no pictures and no shards in {folder}: check the path")
-    return torch.stack(images)
+def check_not_itself(source: str, out: str | Path) -> None:
+    """Refuse to write over the dense model: it could not be upcycled, or compared with, again."""
+    folder = Path(source.removeprefix("local-dir:")).resolve()
+    if Path(out).resolve() in (folder, folder / "model"):
+        raise ValueError(f"{out} is the dense model itself: choose another folder for the upcycled one")
 
 
-def shard_pictures(shards: str, transform) -> Tensor:
-    """Read the first pictures of shards."""
-    from softmoe_clip.data_pipelines.loader import eval_batches
-    from softmoe_clip.data_pipelines.tar_index import ShardSet
-
-    return next(iter(eval_batches(ShardSet.open(shards), transform, NUM_PICTURES))).images
-
-
-def embedded(model: nn.Module, images: Tensor) -> Tensor:
-    """Embed pictures in eval mode, a few at a time, in float64 for the comparison."""
-    with torch.inference_mode():
-        return torch.cat([model.encode_image(part).double() for part in images.split(16)])
+def check_dense(tower: nn.Module, written: dict | None, source: str) -> None:
+    """Refuse a tower that cannot hold experts, or one whose folder says that it has some: two sorts cannot be kept."""
+    tower_blocks(tower)
+    if written is not None and written.get("router") != "dense":
+        raise ValueError(
+            f"the {tower_label(tower)} tower of {source} holds MoE layers already: upcycle the dense model it came from"
+        )

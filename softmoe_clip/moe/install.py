@@ -39,7 +39,7 @@ def install(tower: nn.Module, config: MoEConfig) -> None:
     Raises ValueError before anything is changed.
     """
     blocks, label = tower_blocks(tower), tower_label(tower)
-    chosen = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
+    chosen = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks), label)}
     linears = {i: two_linears(mlp, i) for i, mlp in chosen.items()}
     if config.router == "dense":
         return
@@ -105,12 +105,16 @@ def tower_label(tower: nn.Module) -> str:
     return "text" if hasattr(tower, "token_embedding") else "image"
 
 
-def chosen_blocks(config: MoEConfig, depth: int) -> list[int]:
+def chosen_blocks(config: MoEConfig, depth: int, label: str) -> list[int]:
     """Turn `config.layers` into sorted block numbers, counted from 0."""
     if config.layers == "last_half":
+        if depth < 2:
+            raise ValueError(f"the last half of {depth} block is none: give the {label} tower's block as layers [0].")
         return list(range(depth - depth // 2, depth))
     if not config.layers or any(not 0 <= i < depth for i in config.layers):
-        raise ValueError(f"moe layers {list(config.layers)} do not fit this tower: its blocks are 0 to {depth - 1}.")
+        raise ValueError(
+            f"moe layers {list(config.layers)} do not fit this {label} tower: its blocks are 0 to {depth - 1}."
+        )
     return sorted(set(config.layers))
 
 

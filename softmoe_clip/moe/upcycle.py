@@ -1,5 +1,6 @@
 """Turn the MLPs of a trained tower into experts: where they stand, every expert starts as the MLP that stood there."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -7,11 +8,12 @@ import torch
 from torch import nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.moe.centroids import slots_from_tokens
 from softmoe_clip.moe.experts import ACTIVATIONS, Experts
-from softmoe_clip.moe.install import chosen_blocks, install, tower_blocks, two_linears
+from softmoe_clip.moe.install import chosen_blocks, install, tower_blocks, tower_label, two_linears
 from softmoe_clip.moe.shared import SharedExpert
 
-Mode = Literal["copy", "noise", "shared"]
+Mode = Literal["copy", "noise", "shared", "centroids"]
 # Of each matrix's own spread: tells experts apart at once, where slots alone do it slowly.
 NOISE = 0.1
 # The activation of an MLP is `act` in timm, `gelu` in open_clip.
@@ -19,18 +21,27 @@ ACTIVATION_NAMES = ("act", "gelu")
 
 
 @torch.no_grad()
-def upcycle_tower(tower: nn.Module, config: MoEConfig, mode: Mode = "copy", seed: int = 0) -> MoEConfig:
+def upcycle_tower(
+    tower: nn.Module,
+    config: MoEConfig,
+    mode: Mode = "copy",
+    seed: int = 0,
+    show_examples: Callable[[], object] | None = None,
+) -> MoEConfig:
     """Put Soft MoE layers in place of trained MLPs, in place, and return the config that `install` needs at loading.
 
     `copy`: every expert is the MLP, its activation included. `noise`: the same with noise on each expert's matrices.
+    `centroids`: copies whose slots start at centroids of the tokens that come when `show_examples` runs the tower.
     `shared`: the MLP stays and the experts, whose first layers are copies, add zero at first: the tower computes what
-    it did. In the other two modes it does not, since slots mix tokens. Raises ValueError before anything is changed.
+    it did. In the other modes it does not, since slots mix tokens. Raises ValueError before anything is changed.
     """
     blocks = tower_blocks(tower)
-    dense = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks))}
+    dense = {i: blocks[i].mlp for i in chosen_blocks(config, len(blocks), tower_label(tower))}
     linears = {i: two_linears(mlp, i) for i, mlp in dense.items()}
     config = replace(config, activation=common_activation(dense), shared_expert=mode == "shared")
-    install(tower, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        install(tower, config)
     generator = torch.Generator().manual_seed(seed)
     for i, (first, second) in linears.items():
         layer = blocks[i].mlp
@@ -40,6 +51,9 @@ def upcycle_tower(tower: nn.Module, config: MoEConfig, mode: Mode = "copy", seed
             copy_linear(experts.w_out, experts.b_out, second)
         if mode == "noise":
             add_noise(experts, generator)
+    if mode == "centroids":
+        with slots_from_tokens({blocks[i].mlp: mlp for i, mlp in dense.items()}, seed):
+            show_examples()
     return config
 
 

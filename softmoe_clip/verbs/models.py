@@ -24,19 +24,27 @@ def upcycle(
     out: Path,
     num_experts: Annotated[int, typer.Option(help="in each layer")],
     layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",
-    mode: Annotated[str, typer.Option(help="copy, noise (copies told apart) or shared (beside the MLP)")] = "copy",
+    mode: Annotated[
+        str,
+        typer.Option(help="copy, noise (told apart), centroids (slots fitted to --pictures), shared (beside the MLP)"),
+    ] = "copy",
     slots_per_expert: Annotated[int, typer.Option(help="in each layer")] = 1,
     pictures: Annotated[str | None, typer.Option(help="shards or a folder to measure the change on")] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="experts in the text tower, too; it must be bidirectional")
+    ] = False,
 ):
-    """Make a Soft MoE model of a dense one: MLPs of its image tower become experts.
+    """Make a Soft MoE model of a dense one: MLPs of its image tower (and its text tower) become experts.
 
     Example: softmoe-clip upcycle ViT-B-16:openai upcycled --num-experts 32 --pictures my_pictures
     """
     from softmoe_clip.models.upcycle import upcycle
 
-    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures)
-    print(f"image embeddings before and after, cosine: mean {done.mean:.4f}, least {done.least:.4f}")
-    print(f"on {done.measured_on}")
+    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures, text)
+    for tower, change in zip(done._fields, done, strict=True):
+        if change is not None:
+            print(f"{tower} embeddings before and after, cosine: mean {change.mean:.4f}, least {change.least:.4f}")
+            print(f"on {change.measured_on}")
 
 
 def soup(

@@ -1,0 +1,48 @@
+"""Check what an `open_clip_config.json` says before anything is built from it: each mistake one sentence."""
+
+from softmoe_clip.config import MoEConfig
+from softmoe_clip.data_pipelines.strict import load_strict
+
+NEEDED = {"model_cfg": ("embed_dim", "vision_cfg", "text_cfg"), "preprocess_cfg": ("mean", "std")}
+CHOICES = {"interpolation": ("bicubic", "bilinear", "random"), "resize_mode": ("shortest", "longest", "squash")}
+TOWERS = ("image_moe", "text_moe")
+
+
+def check_written(written: dict, source: str) -> None:
+    """Raise ValueError where sizes or preprocessing are missing, or where something is not of its kind."""
+    for key, inner in NEEDED.items():
+        there = written.get(key) or {}
+        check(isinstance(there, dict), source, key, "must be an object", there)
+        missing = [name for name in inner if name not in there]
+        if missing:
+            raise ValueError(f"{source} has no {key} with {', '.join(missing)}: it can't be guessed, write it there")
+    for name in ("vision_cfg", "text_cfg"):
+        value = written["model_cfg"][name]
+        check(isinstance(value, dict), source, f"model_cfg.{name}", "must be an object", value)
+    check_preprocessing(written["preprocess_cfg"], source)
+    moe = written.get("softmoe") or {}
+    known = isinstance(moe, dict) and set(moe) <= set(TOWERS)
+    check(known, source, "softmoe", f"must be an object with {' or '.join(TOWERS)}", moe)
+    for tower, settings in moe.items():
+        check(isinstance(settings, dict), source, f"softmoe.{tower}", "must be an object", settings)
+        try:
+            load_strict(MoEConfig, settings)
+        except ValueError as error:
+            raise ValueError(f"{source}: softmoe.{tower}: {error}") from None
+
+
+def check_preprocessing(preprocess: dict, source: str) -> None:
+    """Refuse what pictures cannot be prepared with."""
+    for name in ("mean", "std"):
+        value = preprocess[name]
+        numbers = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        check(numbers, source, f"preprocess_cfg.{name}", "must be three numbers", value)
+    for name, choices in CHOICES.items():
+        value = preprocess.get(name, choices[0])
+        check(value in choices, source, f"preprocess_cfg.{name}", f"must be one of {', '.join(choices)}", value)
+
+
+def check(holds: bool, source: str, key: str, wish: str, value: object) -> None:
+    """Raise the sentence for one setting."""
+    if not holds:
+        raise ValueError(f"{source}: {key} {wish}, got {str(value)[:100]!r}")
