@@ -65,7 +65,7 @@ def folder_pairs(folder: str, transform) -> tuple[Tensor, list[str]]:
     if not images:
         raise ValueError(f"no pictures and no shards in {folder}: check the path")
     try:
-        items = read_source(folder)
+        items = read_source(folder).items
     except ValueError:  # no captions
         items = []
     return torch.stack(images), [item.captions[0] for item in items if item.captions][:NUM_PAIRS]
