@@ -97,7 +97,7 @@ class Boxes:
     """Instead of pixels, where they are cut out."""
 
     def __call__(self, data, sample, rng):
-        return torch.tensor(draw_crop(*decode_rgb(data).size, Augment(flip=True), rng))
+        return torch.tensor(draw_crop(*decode_rgb(data).size, 224, Augment(flip=True), rng))
 
 
 SHOW = """
