@@ -165,7 +165,8 @@ def write_suite(options) -> Path:
     from dataclasses import asdict
 
     path = options.work / "val.yaml"
-    path.write_text(json.dumps({"tasks": [asdict(task) for task in suite(options).tasks]}))
+    if not path.exists():
+        path.write_text(json.dumps({"tasks": [asdict(task) for task in suite(options).tasks]}))
     return path
 
 
