@@ -62,7 +62,8 @@ def main() -> None:
     dense = options.dense or train_dense(options)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     name = f"{options.steps} steps, lr {options.lr:g}"
-    rows = found.setdefault(name, {"machine": machine(), "dense": dense_record(dense), "rows": {}})["rows"]
+    rows = {}
+    found[name] = {"machine": machine(), "dense": dense_record(dense), "rows": rows}
     starts = [("dense", None)] + [
         (mode, layers) for layers in options.layers.split(",") for mode in options.modes.split(",")
     ]
@@ -165,7 +166,8 @@ def write_suite(options) -> Path:
     from dataclasses import asdict
 
     path = options.work / "val.yaml"
-    path.write_text(json.dumps({"tasks": [asdict(task) for task in suite(options).tasks]}))
+    if not path.exists():
+        path.write_text(json.dumps({"tasks": [asdict(task) for task in suite(options).tasks]}))
     return path
 
 
@@ -239,7 +241,9 @@ def draw(rows: dict[str, dict], file: Path) -> None:
                 name.removesuffix(f", {layers}"): row for name, row in rows.items() if name.endswith(f", {layers}")
             }
             for mode, row in {"dense": rows["dense"], **shown}.items():
-                dashes = {"linestyle": (0, (4, 2.5)), "linewidth": 1.6} if mode == "dense" else {"linewidth": 2}
+                dashes = (
+                    {"linestyle": (0, (4, 2.5)), "linewidth": 1.6, "zorder": 3} if mode == "dense" else {"linewidth": 2}
+                )
                 axes.plot(row["steps"], mean_recall(row), color=COLOURS[mode], marker="o", markersize=4, **dashes)
             tidy_axes(axes, "%", num_ticks=5)
             axes.set_title(LAYERS[layers], loc="left", fontsize=12, color=INK, pad=10)
