@@ -104,8 +104,8 @@ def upcycled(options, dense: Path, mode: str, layers: str) -> Start:
 
     out = options.work / f"{mode}_{layers}"
     if not (out / "cosine.json").exists():
-        val = str(options.shards / "val")
-        done = upcycle(str(dense), out / "start", NUM_EXPERTS, layers, mode, SLOTS_PER_EXPERT, pictures=val)
+        seen = str(options.shards / "train")  # centroids are fitted to some of them
+        done = upcycle(str(dense), out / "start", NUM_EXPERTS, layers, mode, SLOTS_PER_EXPERT, pictures=seen)
         (out / "cosine.json").write_text(json.dumps(done.image.mean))
     written = json.loads((out / "start/open_clip_config.json").read_text())
     return Start(mode, out / "start", written["softmoe"]["image_moe"], json.loads((out / "cosine.json").read_text()))
