@@ -112,13 +112,15 @@ def check(
     dropped = {trouble.sample: trouble.reason for trouble in facts.troubles}
     same = [double for double in set_findings.same_pictures(facts) if double.sample not in dropped]
     findings += set_findings.keys_across_shards(facts, contents.parts, names)
+    findings += set_findings.only_labels(facts, names)
     findings += set_findings.doubles(facts, names, same)
     findings += doubled_captions(contents)
     if other_shards:
         other = read_contents(other_shards, jobs, [], "reading the other set")
         leaks = set_findings.leaks(facts, names, other.facts, other.names)
         findings += leaks.values()
-        dropped.update({sample: leak["reason"] for sample, leak in leaks.items() if sample not in dropped})
+        pictures = {sample: leak["reason"] for sample, leak in leaks.items() if leak["kind"] == "leaked picture"}
+        dropped = pictures | dropped
     findings += too_few(len(contents.urls), num_processes, num_workers)
     return CheckReport(
         len(facts.keys),

@@ -21,6 +21,7 @@ WARNINGS = {
     "empty shard": "a shard without samples",
     "repeated keys": "keys of a shard that earlier shards have, too",
     "split key": "the members of a sample lie in two shards",
+    "only a label": "samples with a label and no caption",
     "same picture": "a picture that an earlier sample has, byte for byte",
     "near picture": "a picture that looks nearly like an earlier one",
     "same caption": "a caption of several samples",

@@ -169,7 +169,7 @@ def divide(items: list[SourceItem], source: str | Path, split: str | None, holdo
 
 def finish(plan: Plan, partial: Partial, out: str, shards: list[tuple[Job, Done]], skipped: Skipped) -> PackReport:
     """Write what each split and the whole have once, and drop splits of which nothing is left."""
-    report, problems = PackReport(out, classnames=plan.classnames), []
+    report, problems, lost = PackReport(out, classnames=plan.classnames), [], []
     for name in plan.splits:
         folder = plan.folder(partial, name)
         done = [result for job, result in shards if job.split == name]
@@ -181,11 +181,13 @@ def finish(plan: Plan, partial: Partial, out: str, shards: list[tuple[Job, Done]
         else:
             first = f"{left_out[0]['name']}: {left_out[0]['reason']}" if left_out else "there are none"
             problems.append(f"no picture for the split {name} can be used ({first})")
+            lost += left_out
             clear(folder)
             if folder != partial.shards:
                 folder.rmdir()
     if not report.counts:
         raise NothingToPack(f"{problems[0]}: correct the source, nothing was written")
+    write_skipped(partial.shards, lost)
     write_class_files(partial.shards, plan)
     return report
 
@@ -193,11 +195,16 @@ def finish(plan: Plan, partial: Partial, out: str, shards: list[tuple[Job, Done]
 def finish_split(folder: Path, layout: Layout, parts: list[TarPart], left_out: list[dict[str, str]]) -> None:
     """Write the counts, the index, what was left out, and the number of shards where CLIP_benchmark asks for it."""
     finish_folder(folder, parts)
-    if left_out:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
-        write_synced(folder / "skipped.jsonl", lines)
+    write_skipped(folder, left_out)
     if layout == "benchmark":
         write_synced(folder / "nshards.txt", f"{len(parts)}\n")
+
+
+def write_skipped(folder: Path, entries: list[dict[str, str]]) -> None:
+    """List what was left out; those of a split of which nothing is left stand beside the other splits."""
+    if entries:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        write_synced(folder / "skipped.jsonl", lines)
 
 
 def write_class_files(folder: Path, plan: Plan) -> None:

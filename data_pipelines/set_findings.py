@@ -124,9 +124,24 @@ def leaks(facts: Facts, names: Sequence[str], against: Facts, other_names: Seque
     for sample, i, bits in nearest_in(against.look, without(facts.look, list(found))):
         other = place(against, other_names, i)
         add(sample, "leaked picture", f"looks like {other} ({bits} of 256 bits differ)", other)
-    shared = np.isin(facts.pairs, against.pairs)
+    # Keys are numbers most often, and a caption made of a class comes many times: together they would meet by chance.
+    shared = np.isin(facts.pairs, against.pairs[of_one_sample(against)]) & of_one_sample(facts)
     first_owner = dict(zip(against.pairs[::-1].tolist(), against.owners[::-1].tolist(), strict=True))
     for sample, pair in zip(facts.owners[shared].tolist(), facts.pairs[shared].tolist(), strict=True):
         other = place(against, other_names, first_owner[pair])
         add(sample, "leaked pair", f"the same key and caption as {other}", other)
     return dict(sorted(found.items()))
+
+
+def of_one_sample(facts: Facts) -> np.ndarray:
+    """Tell of each caption (c,) whether no other sample has it."""
+    _, places, counts = np.unique(facts.captions, return_inverse=True, return_counts=True)
+    return counts[places] == 1
+
+
+def only_labels(facts: Facts, names: Sequence[str]) -> Iterator[Finding]:
+    """Find out whether samples have a label and no caption: good for evaluation, bad for training."""
+    rest = np.setdiff1d(np.arange(len(facts.keys)), [*facts.owners, *(trouble.sample for trouble in facts.troubles)])
+    if len(rest):
+        reason = f"{len(rest):,} samples have a label and no caption, this is the first: training can't use them"
+        yield finding("only a label", names[facts.shards[rest[0]]], facts.keys[rest[0]], reason)

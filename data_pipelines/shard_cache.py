@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,7 +72,7 @@ class ShardCache:
             )
         part = _part_of(self.place(url))
         with locked(self.folder / "room.lock"):
-            others = [path for path in self.folder.glob("*/*") if path != part]
+            others = [path for path in self.copies() if path != part]
             known = [(path, stat) for path in others if (stat := _stat(path))]
             left = self.limit - size - sum(stat.st_size for _, stat in known)
             for path, stat in sorted(known, key=lambda known: known[1].st_mtime):
@@ -82,6 +83,12 @@ class ShardCache:
                 raise Stopped
             with open(part, "ab") as file:
                 file.truncate(size)
+
+    def copies(self) -> Iterator[Path]:
+        """List the files of the cache, which may lie in a folder with others: those in folders that `place` names."""
+        for path in self.folder.glob("*/*"):
+            if re.fullmatch("[0-9a-f]{24}", path.parent.name) and path.is_file() and not path.is_symlink():
+                yield path
 
 
 def release(descriptor: int) -> None:

@@ -21,6 +21,7 @@ from softmoe_clip.data_pipelines.tokenizers import Tokenizer
 from softmoe_clip.data_pipelines.workers import computed_in_order
 
 SHUFFLED = 1000  # samples that each reader holds and draws from
+MAX_BAD = 1000  # samples in a row
 SECONDS_TO_END = 5
 ROUND_ORDER = 7  # told apart from the draws of `order`
 STATEMENT = (
@@ -130,6 +131,11 @@ class StreamBatches:
                 image = picture_of(pair, self.picture, rng)
             except BadSample as error:
                 bad.append(error)
+                if len(bad) > MAX_BAD:
+                    raise ValueError(
+                        f"nearly all samples are bad: {len(bad)} in a row at position {position}, the last is {error}; "
+                        "save the stream to a file and run `softmoe-clip check` on it"
+                    ) from None
                 continue
             replaced = [Replacement(position, b.key, b.shard, b.reason, raw.key) for b in bad]
             return Example(image, drawn, raw.key, replaced)

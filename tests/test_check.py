@@ -132,6 +132,26 @@ def test_leaks_between_two_sets_are_found_once_each(tmp_path):
     assert check(train).findings == []
 
 
+def test_equal_keys_with_the_caption_of_a_class_are_no_leak(tmp_path):
+    train = write_set(tmp_path / "train", [png(i) for i in range(4)], ["a cat", "a dog", "a cat", "a dog"])
+    val = write_set(tmp_path / "val", [png(i) for i in range(10, 14)], ["a cat", "a dog", "a dog", "a dog"])
+    assert "leaked pair" not in by_kind(check(train, against=val).findings)
+
+
+def test_what_has_a_leaked_caption_alone_stays_in_clean_shards(tmp_path):
+    train = write_set(tmp_path / "train", [png(0), png(1)], ["a", "b"])
+    report = check(train, against=write_set(tmp_path / "val", [png(10), png(1)], ["a", "c"]))
+    assert found(report, "kind", "key") == [("leaked pair", "000000000"), ("leaked picture", "000000001")]
+    assert list(report.dropped) == [1]
+
+
+def test_samples_with_a_label_alone_are_one_warning(tmp_path):
+    write(tmp_path / "0.tar", [("a.png", png(1)), ("a.cls", b"3"), ("b.png", png(2)), ("b.cls", b"4")])
+    report = check(str(tmp_path))
+    assert found(report, "severity", "kind", "key") == [("warning", "only a label", "a")]
+    assert "2 samples" in report.findings[0]["reason"]
+
+
 def test_too_few_shards_for_the_readers_is_a_warning(tmp_path):
     shards = write_set(tmp_path / "out", map(png, range(4)), shard_size=2)
     assert check(shards, num_processes=2).findings == []

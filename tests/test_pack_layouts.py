@@ -169,3 +169,13 @@ def test_pictures_of_parquet_and_of_tars_keep_their_bytes(tmp_path):
     for out in ("one", "two"):
         shards = ShardSet.open(str(tmp_path / out / "train"))
         assert [shards.read(index).members["jpg"] for index in range(4)] == pictures
+
+
+def test_what_was_left_out_of_a_split_with_nothing_left_is_listed_beside_the_others(tmp_path):
+    source = make_source(tmp_path / "source", 2)
+    rows = ["filename,caption,split", "0.png,one,train", "1.png,two,train", "gone.png,three,val"]
+    (source / "list.csv").write_text("\n".join(rows) + "\n")
+    report = pack(source / "list.csv", tmp_path / "out")
+    assert report.counts == {"train": 2}
+    entry = json.loads((tmp_path / "out/skipped.jsonl").read_text())
+    assert (entry["name"], entry["split"]) == ("gone.png", "val")

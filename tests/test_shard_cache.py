@@ -57,6 +57,16 @@ def test_the_least_recently_used_go_when_there_is_no_room(server, cache):
     assert sum(path.stat().st_size for path in cache.folder.rglob("*")) < GIB * 2**30 + 10_000
 
 
+def test_files_of_the_user_in_the_same_folder_stay(server, cache):
+    mine = cache.folder / "mine/photo.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"0" * cache.limit)
+    (cache.folder / "mine/folder").mkdir()
+    for number in range(3):
+        use(cache, f"{server.url}/{number}.tar")
+    assert mine.stat().st_size == cache.limit
+
+
 def test_a_copy_that_is_read_stays_and_is_not_lost(server, cache):
     descriptors = [cache.open(f"{server.url}/{number}.tar") for number in range(3)]
     use(cache, f"{server.url}/3.tar")

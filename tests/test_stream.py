@@ -135,3 +135,11 @@ def test_a_run_trains_on_a_stream_and_says_once_what_resume_means(tiny_config, s
     assert "going on after step 2 of 4" in told
     assert (run / "model").is_dir()
     assert read_ledger(run / "skipped.jsonl") == []
+
+
+def test_a_stream_of_nothing_but_bad_samples_ends_with_a_reason(tmp_path):
+    with ShardWriter(tmp_path / "out") as writer:
+        for _ in range(20):
+            writer.add(b"bad", "jpg", ["a caption"])
+    with pytest.raises(ValueError, match="nearly all samples are bad"):
+        batches(stream(tmp_path / "out", "pipe:cat {}/00000.tar"))

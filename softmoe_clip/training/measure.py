@@ -48,6 +48,9 @@ def validation_loss(encoder: Encoder, shards: ShardSet, loss: str, batch_size: i
     unless it is all there is.
     """
     found = encoder.image_set(shards)
+    if not all(found.captions):
+        key = found.keys[list(map(bool, found.captions)).index(False)]
+        raise ValueError(f"data.val: sample {key} has no caption, only a label: give shards with captions")
     images = torch.from_numpy(found.embeddings)
     texts = torch.from_numpy(encoder.texts([captions[0] for captions in found.captions]))
     scale = encoder.model.logit_scale.detach().exp().float().cpu()
