@@ -149,5 +149,8 @@ def test_several_processes_share_a_cache_that_is_too_small_for_them(server, cach
     command = [sys.executable, "-c", HAMMER, server.url, str(cache.folder), str(GIB)]
     children = [subprocess.Popen([*command, str(seed)]) for seed in range(3)]
     assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
-    assert len(held(cache)) <= 3
     assert not list(cache.folder.rglob("*.part"))
+    # While all copies were in use the limit gave way; who comes next, alone, finds or makes room.
+    for number in range(6):
+        use(cache, f"{server.url}/{number}.tar")
+    assert len(held(cache)) == 3
