@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import PICTURE_EXTENSIONS, captions_of, label_of
+from softmoe_clip.data_pipelines.samples import captions_of, label_of, picture_extension, with_extension
 from softmoe_clip.data_pipelines.sources.class_folders import folders_of
 from softmoe_clip.data_pipelines.sources.items import (
     PICTURES,
@@ -18,7 +18,7 @@ from softmoe_clip.data_pipelines.sources.items import (
     read_text,
 )
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.tar_walk import TarPart
+from softmoe_clip.data_pipelines.tar_walk import TEXT_EXTENSIONS, TarPart
 
 # What `pack` writes anew, and what describes the encoding before.
 RESERVED = frozenset(
@@ -27,7 +27,6 @@ RESERVED = frozenset(
         *("width", "height", "original_width", "original_height", "exif", "sha256"),
     )
 )
-TEXTS = ("txt", "json", "cls")
 
 
 class PictureInTar(NamedTuple):
@@ -83,12 +82,11 @@ def read_sample(
 ) -> SourceItem:
     """Read what is text of a sample, and note where its picture lies."""
     members = {part.extensions[m]: m for m in range(part.starts[sample], part.starts[sample + 1])}
-    texts = [(kind, int(part.offsets[m]), int(part.sizes[m])) for kind, m in members.items() if kind in TEXTS]
-    text = {kind: os.pread(tar.fileno(), size, offset) for kind, offset, size in texts}
-    picture = next((members[kind] for kind in PICTURE_EXTENSIONS if kind in members), None)
-    extra, captions, label = fields_of(text), (), None
-    problem = None if picture is not None else f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members"
+    texts = [(kind, members[kind]) for kind in dict.fromkeys(with_extension(members, TEXT_EXTENSIONS))]
+    text = {kind: os.pread(tar.fileno(), int(part.sizes[m]), int(part.offsets[m])) for kind, m in texts}
+    extra, captions, label, picture, problem = fields_of(text), (), None, None, None
     try:
+        picture = members[picture_extension(members)]
         captions, label = clean(captions_of(text)), label_of(text)
         if not captions and label is not None and 0 <= label < len(classnames):
             captions = clean(prompts(classnames[label]))
@@ -103,8 +101,9 @@ def read_sample(
 
 def fields_of(text: dict[str, bytes]) -> dict[str, Any]:
     """Return the fields of the .json that stay true after packing anew."""
+    found = with_extension(text, ("json",))
     try:
-        fields = json.loads(text.get("json", b"{}"))
+        fields = json.loads(text[found[0]] if found else b"{}")
     except (ValueError, RecursionError):
         return {}
     return {name: value for name, value in fields.items() if name not in RESERVED} if isinstance(fields, dict) else {}

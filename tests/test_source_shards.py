@@ -1,0 +1,48 @@
+"""Shards as a source: members by the loader's rules, and what a folder with a tar in it is."""
+
+import io
+import tarfile
+
+import pytest
+from test_sources import picture
+
+from softmoe_clip.data_pipelines.samples import read_pair
+from softmoe_clip.data_pipelines.sources import read_source
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "content"),
+    [
+        ("jpg", "caption", b"a dog"),
+        ("jpg", "text", b"a dog\na pet"),
+        ("jpg", "cap", b"a dog"),
+        ("left.jpg", "caption.txt", b"a dog"),
+        ("left.jpg", "meta.json", b'{"caption": "a dog", "url": "u"}'),
+        ("left.jpg", "json", b'["a dog"]'),
+    ],
+)
+def test_members_of_shards_are_taken_by_the_loaders_rules(tmp_path, image, text, content):
+    data = picture(tmp_path / "x.jpg").read_bytes()
+    shard = write_tar(tmp_path / "shards" / "0.tar", {f"s0.{image}": data, f"s0.{text}": content})
+    pair = read_pair(ShardSet.open(str(shard)).read(0))
+    (item,) = read_source(shard).items
+    assert (item.problem, item.captions, item.read()) == (None, pair.captions, pair.image)
+    assert item.extra == ({"url": "u"} if text == "meta.json" else {})
+
+
+def test_a_damaged_text_leaves_no_picture_unreported(tmp_path):
+    members = {"s0.txt": b"a dog", "s1.caption": b"\xff", "s1.jpg": b"x"}
+    first, second = read_source(write_tar(tmp_path / "0.tar", members)).items
+    assert (first.problem or "").startswith("no picture (.jpg")
+    assert second.problem == "its .caption is not UTF-8"
