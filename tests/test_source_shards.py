@@ -46,3 +46,22 @@ def test_a_damaged_text_leaves_no_picture_unreported(tmp_path):
     first, second = read_source(write_tar(tmp_path / "0.tar", members)).items
     assert (first.problem or "").startswith("no picture (.jpg")
     assert second.problem == "its .caption is not UTF-8"
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg", "b.jpg"], ["fox/a.jpg", "owl/b.jpg"], ["train/fox/a.jpg", "train/owl/b.jpg"], ["deep/a.jpg"]]
+)
+def test_a_leftover_tar_does_not_hide_the_pictures_of_a_folder(tmp_path, names):
+    for name in names:
+        image = picture(tmp_path / name)
+        if len(names) == 1 or "/" not in name:
+            image.with_suffix(".txt").write_text("one")
+    write_tar(tmp_path / "backup.tar", {"old.jpg": image.read_bytes(), "old.txt": b"old"})
+    assert sorted(item.name for item in read_source(tmp_path).items) == names
+
+
+def test_class_folders_with_a_tar_in_each_are_read_as_pictures(tmp_path):
+    for name in ("fox/a.jpg", "owl/b.jpg"):
+        image = picture(tmp_path / name)
+        write_tar(image.with_name("backup.tar"), {"old.jpg": image.read_bytes(), "old.txt": b"old"})
+    assert read_source(tmp_path).classnames == ("fox", "owl")

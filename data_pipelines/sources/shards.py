@@ -14,6 +14,7 @@ from softmoe_clip.data_pipelines.sources.items import (
     Source,
     SourceItem,
     clean,
+    files_below,
     plain_prompt,
     read_text,
 )
@@ -45,11 +46,11 @@ class PictureInTar(NamedTuple):
 
 
 def has_shards(folder: Path) -> bool:
-    """True for a folder of tars, or of nothing but folders of them."""
-    if any(folder.glob("*.tar")):
-        return True
-    pictures = any(path.suffix.lower() in PICTURES for path in folder.iterdir())
-    return not pictures and bool(inside := folders_of(folder)) and all(any(path.glob("*.tar")) for path in inside)
+    """True for a folder of tars, or of nothing but folders of them; false where pictures lie in it: they come first."""
+    inside = folders_of(folder)
+    if not (any(folder.glob("*.tar")) or (inside and all(any(path.glob("*.tar")) for path in inside))):
+        return False
+    return not any(path.suffix.lower() in PICTURES for path in files_below(folder))
 
 
 def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
