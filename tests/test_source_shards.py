@@ -65,3 +65,10 @@ def test_class_folders_with_a_tar_in_each_are_read_as_pictures(tmp_path):
         image = picture(tmp_path / name)
         write_tar(image.with_name("backup.tar"), {"old.jpg": image.read_bytes(), "old.txt": b"old"})
     assert read_source(tmp_path).classnames == ("fox", "owl")
+
+
+@pytest.mark.parametrize("source", ["http://x.invalid/{00000..00003}.tar", "shards/0.tar::s3://bucket/0.tar"])
+def test_remote_shards_are_refused_before_anything_is_opened(monkeypatch, source):
+    monkeypatch.setattr(ShardSet, "open", lambda pattern: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=r"(http|s3)://\S* is not on this machine: copy the shards to a local folder"):
+        read_source(source)

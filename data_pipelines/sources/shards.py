@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import captions_of, label_of, picture_extension, with_extension
+from softmoe_clip.data_pipelines.shards import is_remote
 from softmoe_clip.data_pipelines.sources.class_folders import folders_of
 from softmoe_clip.data_pipelines.sources.items import (
     PICTURES,
@@ -57,8 +58,10 @@ def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
     """List the samples of shards: a folder of tars, a folder of splits, or a pattern as in `find_shards`.
 
     Captions are those of the loader; a sample with a label alone is captioned by its class, if a classnames.txt is
-    there. Raises ValueError for what is no tar.
+    there. Raises ValueError for what is no tar, and for URLs.
     """
+    if remote := next((part.strip() for part in source.split("::") if is_remote(part.strip())), None):
+        raise ValueError(f"{remote} is not on this machine: copy the shards to a local folder first")
     folder = Path(source).expanduser()
     splits = {None: source}
     if folder.is_dir() and not any(folder.glob("*.tar")):
