@@ -8,14 +8,12 @@ from typing import Any, BinaryIO, NamedTuple
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import captions_of, label_of, picture_extension, with_extension
 from softmoe_clip.data_pipelines.shards import is_remote
-from softmoe_clip.data_pipelines.sources.class_folders import folders_of
+from softmoe_clip.data_pipelines.sources.class_folders import folders_of, has_pictures
 from softmoe_clip.data_pipelines.sources.items import (
-    PICTURES,
     Prompts,
     Source,
     SourceItem,
     clean,
-    files_below,
     plain_prompt,
     read_text,
 )
@@ -51,7 +49,7 @@ def has_shards(folder: Path) -> bool:
     inside = folders_of(folder)
     if not (any(folder.glob("*.tar")) or (inside and all(any(path.glob("*.tar")) for path in inside))):
         return False
-    return not any(path.suffix.lower() in PICTURES for path in files_below(folder))
+    return not has_pictures(folder)
 
 
 def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
