@@ -64,6 +64,25 @@ def test_folders_with_one_class_or_with_texts_are_no_class_folders(tmp_path):
     assert read_source(tmp_path).classnames == ()
 
 
+@pytest.mark.parametrize("stray", ["README.txt", "wnids.txt", "fox/words.txt", "fox/deep/a.txt", "notes/b.txt"])
+@pytest.mark.parametrize("split", [".", "train"])
+def test_a_stray_text_does_not_hide_class_folders(tmp_path, split, stray):
+    for name in ("fox/a.jpg", "owl/b.jpg"):
+        picture(tmp_path / split / name)
+    (tmp_path / split / stray).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / split / stray).write_text("about these pictures")
+    found = about(read_source(tmp_path).items)
+    assert {captions for _, _, captions in found.values()} == {("a photo of a fox",), ("a photo of a owl",)}
+
+
+@pytest.mark.parametrize("text", ["texts/a.txt", "images/a.jpg.txt"])
+def test_captions_beside_pictures_or_in_a_folder_of_their_own_make_no_classes(tmp_path, text):
+    picture(tmp_path / "images" / "a.jpg")
+    (tmp_path / text).parent.mkdir(exist_ok=True)
+    (tmp_path / text).write_text("one")
+    assert read_source(tmp_path).classnames == ()
+
+
 def cifar10(folder, monkeypatch, num_pictures=20):
     """Write the six batches and batches.meta as torchvision unpacks them, with checksums of their own."""
     from torchvision.datasets import CIFAR10

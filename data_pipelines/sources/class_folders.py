@@ -1,7 +1,7 @@
 """Pictures in one folder per class, with captions made of the class names."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softmoe_clip.data_pipelines.sources.items import (
@@ -23,7 +23,7 @@ def split_folders(folder: Path) -> dict[str | None, Path] | None:
     """Return the folders that hold the class folders, by split (None: the source names none); None for other sources.
 
     There are classes where a `classes.json` lies in the folder or beside it, and where pictures lie in two folders or
-    more, and no .txt beside any of them.
+    more, and no .txt of the same name beside any of them.
     """
     inside = folders_of(folder)
     if (folder / LISTING).is_file():
@@ -31,15 +31,26 @@ def split_folders(folder: Path) -> dict[str | None, Path] | None:
     own = folder.name if folder.name in SPLITS else None
     if inside and (folder.parent / LISTING).is_file():
         return {own: folder}
-    if not inside or any(path.suffix.lower() in (*PICTURES, ".txt") for path in folder.iterdir()):
+    if not inside or any(path.suffix.lower() in PICTURES for path in folder.iterdir()):
         return None
     if all(path.name in SPLITS for path in inside) and all(folders_of(path) for path in inside):
         splits = {path.name: path for path in inside}
     else:
         splits = {own: folder}
-    classes = {path.name for split in splits.values() for path in folders_of(split)}
-    kinds = {path.suffix.lower() for split in splits.values() for path in files_below(split)}
-    return splits if len(classes) > 1 and kinds & PICTURES and ".txt" not in kinds else None
+    classes = {path.name for split in splits.values() for path in folders_of(split) if has_pictures(path)}
+    return splits if len(classes) > 1 and not captioned(splits.values()) else None
+
+
+def has_pictures(folder: Path) -> bool:
+    """Tell whether there is a picture anywhere below."""
+    return any(path.suffix.lower() in PICTURES for path in files_below(folder))
+
+
+def captioned(folders: Iterable[Path]) -> bool:
+    """Tell whether any picture below has its own X.txt or X.jpg.txt beside it; other texts say nothing."""
+    paths = [path for folder in folders for path in files_below(folder)]
+    texts = {path.with_suffix("") for path in paths if path.suffix.lower() == ".txt"}
+    return any(texts & {path, path.with_suffix("")} for path in paths if path.suffix.lower() in PICTURES)
 
 
 def read_class_folders(splits: dict[str | None, Path], prompts: Prompts = plain_prompt) -> Source:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import PICTURE_EXTENSIONS, captions_of, label_of
-from softmoe_clip.data_pipelines.sources.class_folders import folders_of
+from softmoe_clip.data_pipelines.samples import captions_of, label_of, picture_extension, with_extension
+from softmoe_clip.data_pipelines.shards import is_remote
+from softmoe_clip.data_pipelines.sources.class_folders import folders_of, has_pictures
 from softmoe_clip.data_pipelines.sources.items import (
-    PICTURES,
     Prompts,
     Source,
     SourceItem,
@@ -18,7 +18,7 @@ from softmoe_clip.data_pipelines.sources.items import (
     read_text,
 )
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.tar_walk import TarPart
+from softmoe_clip.data_pipelines.tar_walk import TEXT_EXTENSIONS, TarPart
 
 # What `pack` writes anew, and what describes the encoding before.
 RESERVED = frozenset(
@@ -27,7 +27,6 @@ RESERVED = frozenset(
         *("width", "height", "original_width", "original_height", "exif", "sha256"),
     )
 )
-TEXTS = ("txt", "json", "cls")
 
 
 class PictureInTar(NamedTuple):
@@ -46,19 +45,21 @@ class PictureInTar(NamedTuple):
 
 
 def has_shards(folder: Path) -> bool:
-    """True for a folder of tars, or of nothing but folders of them."""
-    if any(folder.glob("*.tar")):
-        return True
-    pictures = any(path.suffix.lower() in PICTURES for path in folder.iterdir())
-    return not pictures and bool(inside := folders_of(folder)) and all(any(path.glob("*.tar")) for path in inside)
+    """True for a folder of tars, or of nothing but folders of them; false where pictures lie in it: they come first."""
+    inside = folders_of(folder)
+    if not (any(folder.glob("*.tar")) or (inside and all(any(path.glob("*.tar")) for path in inside))):
+        return False
+    return not has_pictures(folder)
 
 
 def read_shards(source: str, prompts: Prompts = plain_prompt) -> Source:
     """List the samples of shards: a folder of tars, a folder of splits, or a pattern as in `find_shards`.
 
     Captions are those of the loader; a sample with a label alone is captioned by its class, if a classnames.txt is
-    there. Raises ValueError for what is no tar.
+    there. Raises ValueError for what is no tar, and for URLs.
     """
+    if remote := next((part.strip() for part in source.split("::") if is_remote(part.strip())), None):
+        raise ValueError(f"{remote} is not on this machine: copy the shards to a local folder first")
     folder = Path(source).expanduser()
     splits = {None: source}
     if folder.is_dir() and not any(folder.glob("*.tar")):
@@ -83,12 +84,11 @@ def read_sample(
 ) -> SourceItem:
     """Read what is text of a sample, and note where its picture lies."""
     members = {part.extensions[m]: m for m in range(part.starts[sample], part.starts[sample + 1])}
-    texts = [(kind, int(part.offsets[m]), int(part.sizes[m])) for kind, m in members.items() if kind in TEXTS]
-    text = {kind: os.pread(tar.fileno(), size, offset) for kind, offset, size in texts}
-    picture = next((members[kind] for kind in PICTURE_EXTENSIONS if kind in members), None)
-    extra, captions, label = fields_of(text), (), None
-    problem = None if picture is not None else f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}) among its members"
+    texts = [(kind, members[kind]) for kind in dict.fromkeys(with_extension(members, TEXT_EXTENSIONS))]
+    text = {kind: os.pread(tar.fileno(), int(part.sizes[m]), int(part.offsets[m])) for kind, m in texts}
+    extra, captions, label, picture, problem = fields_of(text), (), None, None, None
     try:
+        picture = members[picture_extension(members)]
         captions, label = clean(captions_of(text)), label_of(text)
         if not captions and label is not None and 0 <= label < len(classnames):
             captions = clean(prompts(classnames[label]))
@@ -103,8 +103,9 @@ def read_sample(
 
 def fields_of(text: dict[str, bytes]) -> dict[str, Any]:
     """Return the fields of the .json that stay true after packing anew."""
+    found = with_extension(text, ("json",))
     try:
-        fields = json.loads(text.get("json", b"{}"))
+        fields = json.loads(text[found[0]] if found else b"{}")
     except (ValueError, RecursionError):
         return {}
     return {name: value for name, value in fields.items() if name not in RESERVED} if isinstance(fields, dict) else {}

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from urllib.error import URLError
 from softmoe_clip.data_pipelines.sources.items import Prompts, Source, SourceItem, clean, mixed, plain_prompt
 
 PREFIX = "torchvision:"
-SPLITS = {"train": "train", "trainval": "train", "val": "val", "valid": "val", "test": "test"}
+# What sets call a split; the first that a set knows is taken, since its trainval holds its train and its val.
+SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 FILE_LISTS = ("samples", "_samples", "_image_files", "_images", "imgs")
 
 
@@ -46,8 +48,7 @@ def read_torchvision(source: str, root: Path, prompts: Prompts = plain_prompt) -
     """
     name = source.removeprefix(PREFIX)
     items, classnames = [], []
-    for part in parts_of(name, root):
-        dataset = opened(part)
+    for part, dataset in known_parts(name, root):
         classnames = [str(n) for n in getattr(dataset, "classes", [])] or classnames
         targets, files = targets_of(name, dataset), files_of(dataset)
         for index, target in enumerate(targets):
@@ -81,19 +82,37 @@ def parts_of(name: str, root: Path) -> list[Part]:
     if "train" in takes:
         return [Part(name, str(root), split, (("train", split == "train"),)) for split in ("train", "test")]
     if "split" in takes:
-        return [Part(name, str(root), split, (("split", given),)) for given, split in SPLITS.items()]
+        return [Part(name, str(root), split, (("split", given),)) for split in SPLITS for given in SPLITS[split]]
     return [Part(name, str(root), None, ())]
 
 
+def known_parts(name: str, root: Path) -> list[tuple[Part, Any]]:
+    """Open each split once, by the first of its names that the data set knows; where it has no train, say so."""
+    found: dict[str | None, tuple[Part, Any]] = {}
+    for part in parts_of(name, root):
+        if part.split not in found and (dataset := opened(part)) is not None:
+            found[part.split] = part, dataset
+    if not found:
+        names = ", ".join(given for names in SPLITS.values() for given in names)
+        raise ValueError(f"{PREFIX}{name} has none of the splits {names}: use a data set that has")
+    if not found.keys() & {"train", None}:
+        print(
+            f"{PREFIX}{name} has no split {' or '.join(SPLITS['train'])}: there are only {', '.join(map(str, found))}, "
+            "take training pictures from another source",
+            file=sys.stderr,
+        )
+    return list(found.values())
+
+
 def opened(part: Part) -> Any:
-    """Open a split, downloading what is missing; a list of nothing for a split that the data set does not have."""
+    """Open a split, downloading what is missing; None for a split that the data set does not have."""
     from torchvision import datasets
 
     try:
         return part.open()
     except ValueError as error:
         if part.split is not None and "Unknown value" in str(error):
-            return []
+            return None
         raise
     except ImportError as error:
         raise ValueError(f"{PREFIX}{part.dataset} needs the package {error.name}: install it first") from error
