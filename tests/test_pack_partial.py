@@ -101,8 +101,17 @@ def large_source(folder, num_pictures):
 def start(source, out):
     command = [sys.executable, "-m", "softmoe_clip", "pack", source, out, "--shard-size", "25", "--workers", "2"]
     return subprocess.Popen(
-        [*map(str, command), "--encode", "webp"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*map(str, command), "--encode", "webp"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
+
+
+def hear_interrupts():
+    """What a shell starts in the background ignores Ctrl-C, and so do all processes that come of it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finished(out):
