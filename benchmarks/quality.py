@@ -164,7 +164,9 @@ def curve(options, name: str, seed: int) -> dict[str, list[float]]:
 
 def seconds_of_steps(options) -> dict[str, float]:
     """Time a step of each setting, all in turn, loading left out: it is the same for all."""
-    return {name: value for (name, _), value in take_turns([(name, TUNED) for name in SETTINGS], options.rounds).items()}
+    return {
+        name: value for (name, _), value in take_turns([(name, TUNED) for name in SETTINGS], options.rounds).items()
+    }
 
 
 def work(options) -> None:
