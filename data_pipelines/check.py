@@ -12,19 +12,12 @@ import numpy as np
 
 from softmoe_clip.data_pipelines import set_findings
 from softmoe_clip.data_pipelines.findings import ERRORS, Finding, finding
-from softmoe_clip.data_pipelines.sample_facts import (
-    Facts,
-    digest,
-    index_shards,
-    plain,
-    raw_samples,
-    read_facts,
-    shard_slice,
-    usable_cores,
-)
+from softmoe_clip.data_pipelines.processes import usable_cores
+from softmoe_clip.data_pipelines.sample_facts import Facts, digest, plain, read_facts
 from softmoe_clip.data_pipelines.samples import read_pair
 from softmoe_clip.data_pipelines.shards import Shard, find_shards
 from softmoe_clip.data_pipelines.tar_index import RawSample
+from softmoe_clip.data_pipelines.tar_samples import index_shards, raw_samples, shard_slice
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 

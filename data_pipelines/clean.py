@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from softmoe_clip.data_pipelines.check import CheckReport
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.sample_facts import plain, raw_samples
+from softmoe_clip.data_pipelines.sample_facts import plain
 from softmoe_clip.data_pipelines.samples import Pair, read_pair
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
 from softmoe_clip.data_pipelines.tar_index import RawSample
+from softmoe_clip.data_pipelines.tar_samples import raw_samples
 
 
 class Cleaned(NamedTuple):

@@ -19,8 +19,9 @@ from softmoe_clip.data_pipelines.pack_partial import (
     partial_folder,
 )
 from softmoe_clip.data_pipelines.pack_shard import Done, Job, Layout
-from softmoe_clip.data_pipelines.pack_workers import usable_cores, write_shards
+from softmoe_clip.data_pipelines.pack_workers import write_shards
 from softmoe_clip.data_pipelines.picture_bytes import Encoding
+from softmoe_clip.data_pipelines.processes import usable_cores
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_files import write_synced
 from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder

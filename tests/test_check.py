@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from picture_shards import encoded, png, scene, whole, write, write_set
 
-from softmoe_clip.data_pipelines import sample_facts
+from softmoe_clip.data_pipelines import sample_facts, tar_samples
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.findings import by_kind, print_findings, write_findings
 from softmoe_clip.data_pipelines.ledger import read_ledger
+from softmoe_clip.data_pipelines.processes import in_order
 
 
 def found(report, *columns):
@@ -163,8 +164,9 @@ def test_too_few_shards_for_the_readers_is_a_warning(tmp_path):
 
 
 def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_facts, "FEW", 0)
-    monkeypatch.setattr(sample_facts, "CHUNK", 3)
+    monkeypatch.setattr(tar_samples, "FEW_SHARDS", 0)
+    monkeypatch.setattr(sample_facts, "FEW_SAMPLES", 0)
+    monkeypatch.setattr(tar_samples, "CHUNK", 3)
     pictures = [png(seed % 9) if seed % 5 else png(seed)[:-30] for seed in range(25)]
     shards = write_set(tmp_path / "out", pictures, shard_size=10)
     (tmp_path / "out" / "9.tar").write_bytes(b"no tar")
@@ -178,7 +180,7 @@ def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monk
 
 def test_a_reader_that_is_killed_is_one_sentence():
     with pytest.raises(ValueError, match="killed: this is most often too little memory"):
-        list(sample_facts.in_order(os._exit, [3], num_workers=2))
+        list(in_order(os._exit, [3], num_workers=2))
 
 
 def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(tmp_path, capsys):
@@ -246,12 +248,12 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
     shards = write_set(tmp_path / "out", map(png, range(3)))
     program = f"""
 import os, signal
-from softmoe_clip.data_pipelines import sample_facts
-sample_facts.FEW, sample_facts.CHUNK = 0, 1
-from softmoe_clip.data_pipelines.check import find_shards, index_shards, read_facts
+from softmoe_clip.data_pipelines.processes import in_order
+from softmoe_clip.data_pipelines.shards import find_shards
+from softmoe_clip.data_pipelines.tar_samples import index_or_reason
 if __name__ == "__main__":
     urls = [shard.url for shard in find_shards({shards!r})]
-    results = sample_facts.in_order(sample_facts.index_or_reason, urls * 1000, 2)
+    results = in_order(index_or_reason, urls * 1000, 2)
     next(results)
     import multiprocessing
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
