@@ -9,7 +9,7 @@ from typing import NamedTuple
 from softmoe_clip.data_pipelines.check import CheckReport
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.sample_facts import plain
-from softmoe_clip.data_pipelines.samples import Pair, read_pair
+from softmoe_clip.data_pipelines.samples import Pair, json_fields, read_pair
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
 from softmoe_clip.data_pipelines.tar_index import RawSample
 from softmoe_clip.data_pipelines.tar_samples import raw_samples
@@ -76,15 +76,5 @@ def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
 def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: Iterable[str], shard: str) -> None:
     """Write one sample, with the fields of its .json and where it came from."""
     extension = next(name for name, data in raw.members.items() if data is pair.image).rpartition(".")[2]
-    extra = fields(raw.members.get("json", b""))
-    source = {"source_key": raw.key, "source_shard": shard}
-    writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, {**source, **extra}, pair.label)
-
-
-def fields(data: bytes) -> dict:
-    """Read a .json member; nothing of one that is damaged or holds no fields."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    extra = {"source_key": raw.key, "source_shard": shard, **json_fields(raw.members)}
+    writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, extra, pair.label)

@@ -9,7 +9,7 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.new_folder import new_folder
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import picture_extension
+from softmoe_clip.data_pipelines.samples import json_fields, picture_extension
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 KINDS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
@@ -110,11 +110,8 @@ def describe(shards: ShardSet, sample: int, captions: tuple[str, ...]) -> dict:
     """The metadata of one row; `sample` is the place in the shard set where the picture can be read again."""
     raw = shards.read(sample)
     extension = picture_extension(raw.members)
-    try:
-        extra = json.loads(raw.members.get("json", b"{}"))
-    except ValueError:
-        extra = {}
-    size = {side: extra.get(side) if isinstance(extra, dict) else None for side in ("width", "height")}
+    extra = json_fields(raw.members)
+    size = {side: extra.get(side) for side in ("width", "height")}
     return {
         "image_path": f"{raw.shard}/{raw.key}.{extension}",
         "caption": captions[0] if captions else "",
