@@ -1,6 +1,5 @@
 """Write a checked shard set anew, without what is wrong with it."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,8 @@ from softmoe_clip.data_pipelines.check import CheckReport
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.sample_facts import plain
 from softmoe_clip.data_pipelines.samples import Pair, json_fields, read_pair
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
+from softmoe_clip.data_pipelines.shard_files import write_lines
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import RawSample
 from softmoe_clip.data_pipelines.tar_samples import raw_samples
 
@@ -55,8 +55,7 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
             for sample, reason in sorted(left_out.items())
         ]
         if lines:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_synced(writer.folder / "skipped.jsonl", text)
+            write_lines(writer.folder / "skipped.jsonl", lines)
     return Cleaned(writer.num_samples, len(report.dropped), len(left_out) - len(report.dropped))
 
 

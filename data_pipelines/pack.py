@@ -1,6 +1,5 @@
 """Turn pictures with captions into shards, leaving out what can't be used and saying why."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from softmoe_clip.data_pipelines.pack_workers import write_shards
 from softmoe_clip.data_pipelines.picture_bytes import Encoding
 from softmoe_clip.data_pipelines.processes import usable_cores
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.shard_files import write_synced
+from softmoe_clip.data_pipelines.shard_files import write_lines, write_synced
 from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder
 from softmoe_clip.data_pipelines.sources import SourceItem, read_source
 from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share
@@ -204,8 +203,7 @@ def finish_split(folder: Path, layout: Layout, parts: list[TarPart], left_out: l
 def write_skipped(folder: Path, entries: list[dict[str, str]]) -> None:
     """List what was left out; those of a split of which nothing is left stand beside the other splits."""
     if entries:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        write_synced(folder / "skipped.jsonl", lines)
+        write_lines(folder / "skipped.jsonl", entries)
 
 
 def write_class_files(folder: Path, plan: Plan) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,11 @@ def write_synced(path: str | Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_lines(path: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write a small file of JSON lines and bring it to the disk."""
+    write_synced(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def _plain(value: Any, column: str) -> str | int | None:

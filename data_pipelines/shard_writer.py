@@ -11,8 +11,6 @@ from softmoe_clip.data_pipelines.shard_files import ShardFiles, members_of, writ
 from softmoe_clip.data_pipelines.tar_index import INDEX_NAME, save_index
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
-__all__ = ["ShardWriter", "check_shard_size", "finish_folder", "write_synced"]
-
 MAX_SHARD_SIZE = 10_000  # the key's last four digits
 
 
