@@ -65,13 +65,7 @@ def pack(
     Raises ValueError where nothing is left, OUT is not empty, or a pack with other arguments is unfinished there.
     """
     refuse_existing(out)
-    check_shard_size(shard_size)
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
-    if layout not in LAYOUTS:
-        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"workers is {num_workers}: give at least 1")
+    check_arguments(shard_size, holdout, layout, num_workers)
     found = read_source(source, image_column, caption_columns, root, prompts)
     if found.classnames and Path(out).absolute().is_relative_to(Path(source).absolute()):
         raise ValueError(f"{out} lies inside the source, where it would be one more class: choose another folder")
@@ -98,6 +92,17 @@ def pack(
         with progress("packing", sum(len(job.items) for job in jobs), "pictures", already) as advance:
             done = write_shards(jobs, num_workers or usable_cores(), advance)
         return finish(plan, partial, str(out), list(zip(jobs, done, strict=True)), skipped)
+
+
+def check_arguments(shard_size: int, holdout: float, layout: str, num_workers: int | None) -> None:
+    """Refuse values out of range before anything is read."""
+    check_shard_size(shard_size)
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
+    if layout not in LAYOUTS:
+        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"workers is {num_workers}: give at least 1")
 
 
 class Plan(NamedTuple):
