@@ -180,7 +180,7 @@ def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monk
 
 def test_a_reader_that_is_killed_is_one_sentence():
     with pytest.raises(ValueError, match="killed: this is most often too little memory"):
-        list(in_order(os._exit, [3], num_workers=2))
+        list(in_order(os._exit, [3], num_processes=2))
 
 
 def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(tmp_path, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 from test_report import Page
 
 from softmoe_clip.data_pipelines import stats as stats_module
+from softmoe_clip.data_pipelines import tar_samples
 from softmoe_clip.data_pipelines.samples import all_captions
 from softmoe_clip.data_pipelines.stats import count, num_tokens, spread
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -80,8 +81,9 @@ def test_a_padding_that_is_no_end_token_is_not_counted():
 
 
 def test_any_number_of_processes_counts_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(stats_module, "FEW", 0)
-    monkeypatch.setattr(stats_module, "CHUNK", 3)
+    monkeypatch.setattr(stats_module, "FEW_SAMPLES", 0)
+    monkeypatch.setattr(stats_module, "HELD", 3)
+    monkeypatch.setattr(tar_samples, "CHUNK", 3)
     pictures = [encoded(scene(seed).resize((20 + seed, 30))) for seed in range(11)]
     shards = write_set(tmp_path / "out", pictures, shard_size=5)
     one, two = (count(shards, jobs=jobs) for jobs in (1, 2))
