@@ -6,8 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from picture_shards import encoded, scene, write, write_set
+from picture_shards import encoded, scene, write_set
 from PIL import Image
+from tars import write_tar
 from test_report import Page
 
 from softmoe_clip.data_pipelines import stats as stats_module
@@ -37,7 +38,7 @@ def mixed(tmp_path_factory):
     for number, (kind, data) in enumerate(pictures):
         members += [(f"{number}.{kind}", data), (f"{number}.txt", "\n".join(CAPTIONS[number:]).encode())]
     folder = tmp_path_factory.mktemp("mixed")
-    write(
+    write_tar(
         folder / "0.tar",
         [*members, ("cut.png", b"no picture"), ("cut.txt", b"unseen"), ("silent.png", encoded(scene(5)))],
     )
