@@ -42,7 +42,7 @@ def main() -> None:
         if not options.keep:
             shutil.rmtree(options.work, ignore_errors=True)
     tenth = len(looks) // 10
-    rows = [looks[0], *looks[tenth - 1 :: tenth]]
+    rows = looks[::tenth]
     for row in rows:
         print(f"{row['samples']:8,} samples {row[RESIDENT]:8.1f} {RESIDENT} {row[PRIVATE]:8.1f} {PRIVATE}")
     second, last = looks[tenth : 2 * tenth], looks[-tenth:]
