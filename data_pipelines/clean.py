@@ -1,18 +1,19 @@
 """Write a checked shard set anew, without what is wrong with it."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from softmoe_clip.data_pipelines.check import CheckReport
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.sample_facts import plain
-from softmoe_clip.data_pipelines.samples import Pair, json_fields, read_pair
-from softmoe_clip.data_pipelines.shard_files import write_lines
+from softmoe_clip.data_pipelines.samples import Pair, captions_of, json_fields, picture_extension, read_pair
+from softmoe_clip.data_pipelines.shard_files import members_of, write_lines
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import RawSample
 from softmoe_clip.data_pipelines.tar_samples import raw_samples
+
+PLAIN = {"jpeg": "jpg"}  # what open_clip and img2dataset call it
 
 
 class Cleaned(NamedTuple):
@@ -49,7 +50,7 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
                 for texts in (pair.captions, *(read_pair(contents.read(double)).captions for double in joins[sample])):
                     for text in texts:
                         captions.setdefault(plain(text), text)
-                add(writer, raw, pair, captions.values(), name)
+                add(writer, raw, pair, tuple(captions.values()), name)
         lines = [
             {"key": keys[sample], "shard": names[contents.facts.shards[sample]], "reason": reason}
             for sample, reason in sorted(left_out.items())
@@ -72,8 +73,14 @@ def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
     return joins
 
 
-def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: Iterable[str], shard: str) -> None:
-    """Write one sample, with the fields of its .json and where it came from."""
-    extension = next(name for name, data in raw.members.items() if data is pair.image).rpartition(".")[2]
+def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: tuple[str, ...], shard: str) -> None:
+    """Write one sample with all its members; only the .json, and a .txt that does not say these captions, are new."""
+    name = picture_extension(raw.members)
+    extension = PLAIN.get(kind := name.rpartition(".")[2], kind)
+    members = {extension if member == name else member: data for member, data in raw.members.items()}
     extra = {"source_key": raw.key, "source_shard": shard, **json_fields(raw.members)}
-    writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, extra, pair.label)
+    written, row = members_of(writer.next_key, pair.image, extension, captions, extra, pair.label)
+    members["json"] = written["json"]
+    if "txt" not in members or captions_of({"txt": members["txt"]}) != captions:
+        members["txt"] = written["txt"]
+    writer.add_members(members, row)

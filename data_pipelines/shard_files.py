@@ -139,4 +139,5 @@ def _member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o444  # time, user and group stay 0: equal samples, equal bytes
     padding = b"\0" * (-len(data) % tarfile.BLOCKSIZE)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + padding
+    fits = len(os.fsencode(name)) <= tarfile.LENGTH_NAME
+    return info.tobuf(tarfile.USTAR_FORMAT if fits else tarfile.GNU_FORMAT) + data + padding

@@ -1,6 +1,8 @@
 """check --fix: shards without what is wrong, with right counts, and every sample accounted for."""
 
+import gzip
 import json
+import tarfile
 
 import pytest
 from picture_shards import encoded, png, scene, whole
@@ -99,3 +101,35 @@ def test_nothing_good_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="no sample is good"):
         write_clean(check(str(tmp_path / "in")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("picture", ["png", "left.png"])
+def test_all_members_of_a_sample_stay_byte_for_byte_and_in_order(tmp_path, picture):
+    mask, packed, name = png(9), gzip.compress(b"a text"), "x" * 120 + ".npy"
+    members = [
+        ("txt.gz", packed), ("json", b'{"licence": "free"}'), ("right.seg.bmp", mask), (picture, png(0)),
+        ("cls", b"7\n"), ("txt", b"\xef\xbb\xbf a  caption \r\n\r\nanother\n"), (name, b""), ("meta.xml", b"<a/>"),
+    ]  # fmt: skip
+    double = [("b.seg.png", b"lost"), ("b.png", png(0)), ("b.txt", b"a third caption")]
+    members = [(f"a.{name}", data) for name, data in members]
+    alone = write_tar(tmp_path / "alone" / "0.tar", members, tarfile.GNU_FORMAT)
+    joined = write_tar(tmp_path / "joined" / "0.tar", [*members, *double], tarfile.GNU_FORMAT)
+    for tar, texts in ((alone, None), (joined, b"a caption\nanother\na third caption")):
+        write_clean(check(str(tar)), tmp_path / "out" / tar.parent.name)
+        (sample,) = samples(tmp_path / "out" / tar.parent.name)
+        expected = {"png" if name == f"a.{picture}" else name.removeprefix("a."): data for name, data in members}
+        assert list(sample.members) == list(expected)
+        expected["json"] = sample.members["json"]
+        expected["txt"] = texts or expected["txt"]
+        assert sample.members == expected
+        assert json.loads(sample.members["json"])["licence"] == "free"
+
+
+def test_captions_that_no_txt_holds_get_one(tmp_path):
+    first = [("a.png", png(0)), ("a.caption", b"a caption"), ("a.txt", b"  \n")]
+    second = [("b.png", png(1)), ("b.json", b'{"captions": ["one", "two"]}')]
+    write_tar(tmp_path / "in" / "0.tar", [*first, *second])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    one, two = samples(tmp_path / "out")
+    assert (one.members["caption"], one.members["txt"]) == (b"a caption", b"a caption")
+    assert two.members["txt"] == b"one\ntwo"
