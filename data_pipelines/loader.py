@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.ledger import Replacement
@@ -47,13 +48,21 @@ def batch_of(examples: list[Example], positions: list[int], tokenizer: Tokenizer
     """Put the examples of some positions together."""
     captions = [example.caption for example in examples]
     return Batch(
-        images=torch.stack([example.image for example in examples]),
+        images=stacked([example.image for example in examples]),
         token_ids=tokenizer(captions),
         keys=[example.key for example in examples],
         captions=captions,
         positions=positions,
         replaced=[entry for example in examples for entry in example.replaced],
     )
+
+
+def stacked(images: list[Tensor]) -> Tensor:
+    """Stack pictures, in a worker straight into the memory that it shares with its parent.
+
+    Stacked on its heap and copied from there, they left holes of tens of MiB in it (benchmarks/worker_memory.py).
+    """
+    return default_collate(images)
 
 
 def share_of_batch(batch_size: int, world_size: int) -> int:
@@ -240,7 +249,7 @@ class EvalBatches:
             pairs.append(pair)
             indices.append(index)
         return EvalBatch(
-            images=torch.stack(images) if images else torch.empty(0),
+            images=stacked(images) if images else torch.empty(0),
             captions=[pair.captions for pair in pairs],
             keys=[pair.key for pair in pairs],
             labels=[pair.label for pair in pairs],
