@@ -13,7 +13,7 @@ from softmoe_clip.data_pipelines.tar_walk import TarPart, index_tar
 CHUNK = 128  # samples given to a process at a time
 # What a single process has read before others have started.
 FEW_SAMPLES = 512
-FEW_SHARDS = 512
+FEW_SHARDS = 32
 
 
 def index_shards(urls: list[str], num_processes: int) -> list[TarPart | str]:
