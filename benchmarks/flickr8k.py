@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from machine import machine
+from machine import machine, write_results
 
 CONFIG = "configs/clip_softmoe_flickr8k.yaml"
 SOFT, DENSE = "SoftMoE-demo", "PlainViT-demo"
@@ -49,10 +49,8 @@ def main() -> None:
     )
     for found in rows.values():
         found["minutes"] = found["samples_seen"] / speed[found["arch"]] / 60
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    before[f"{options.minutes:g} minutes"] = {"machine": machine(), "pairs_per_second": speed, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(before, indent=1) + "\n")
+    found = {"machine": machine(), "pairs_per_second": speed, "rows": rows}
+    write_results(options.out, {f"{options.minutes:g} minutes": found})
     print(table(rows))
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from machine import machine
+from machine import machine, write_results
 from turns import TUNED, serve, take_turns
 
 CONFIG = "configs/lit_features.yaml"
@@ -43,9 +43,7 @@ def main() -> None:
         print(f"{arch}: {told} pairs per second, {rows[-1]['ratio']:.1f} times as fast")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {"machine": machine(device), "torch": torch.__version__, "rounds": options.rounds, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(before | {device: found}, indent=1) + "\n")
+    write_results(options.out, {device: found})
 
 
 def read_options() -> argparse.Namespace:

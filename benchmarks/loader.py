@@ -11,7 +11,6 @@ JSON beside this file.
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -19,7 +18,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from time import perf_counter
 
-from machine import machine
+from machine import machine, write_results
 from turns import PLAIN, serve, take_turns
 
 WIDTH, HEIGHT, IMAGE_SIZE, BATCH_SIZE = 640, 480, 224, 32
@@ -47,8 +46,7 @@ def main() -> None:
         ratio = "" if name in LIMITS else f"{theirs / value:6.2f} x open_clip"
         print(f"{name:44} {rows[-1]['pictures_per_second']:8.1f} pictures/s {ratio}")
     found = {"machine": machine(), "torch": torch.__version__, "rounds": options.rounds, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(options.out, found)
 
 
 def read_options() -> argparse.Namespace:

@@ -1,5 +1,6 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and where its numbers go."""
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -16,3 +17,10 @@ def machine(device: str = "cpu") -> str:
         cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
         chip = f"{os.cpu_count()} cores of {cpu}"
     return f"{chip}, {platform.system()}, Python {platform.python_version()}"
+
+
+def write_results(out: Path, found: dict) -> None:
+    """Put numbers into a JSON file; those under other keys, which another run has written, stay."""
+    before = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(before | found, indent=1) + "\n")

@@ -11,13 +11,12 @@ installed are left out. Results go into a JSON beside this file.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-from machine import machine
+from machine import machine, write_results
 from turns import PLAIN, TUNED, serve, take_turns
 
 SIZES = {"images": 64, "tokens": 196, "width": 384, "experts": 128, "slots": 1}
@@ -37,9 +36,7 @@ def main() -> None:
     rows = report(options, seconds)
     sizes = {name: getattr(options, name) for name in (*SIZES, "rounds")}
     found = {"machine": machine(device), "torch": torch.__version__, "sizes": sizes, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(before | {f"{device} {options.precision}": found}, indent=1) + "\n")
+    write_results(options.out, {f"{device} {options.precision}": found})
 
 
 def read_options() -> argparse.Namespace:

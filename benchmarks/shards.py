@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 from time import perf_counter
 
-from machine import machine
+from machine import machine, write_results
 
 from softmoe_clip.data_pipelines.order import WindowedOrder, mixing
 from softmoe_clip.data_pipelines.read_ahead import STEP
@@ -95,5 +95,5 @@ if __name__ == "__main__":
         }
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(options.out, results)
     print(json.dumps(results, indent=1))

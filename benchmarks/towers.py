@@ -8,11 +8,10 @@ file.
 """
 
 import argparse
-import json
 from pathlib import Path
 from time import perf_counter
 
-from machine import machine
+from machine import machine, write_results
 from turns import PLAIN, serve, take_turns
 
 TOWERS = ("softmoe_vit_base_patch16_224", "plain_vit_base_patch16_224", "plain_vit_huge_patch14_224")
@@ -34,9 +33,7 @@ def main() -> None:
         rows.append({"tower": name, "pictures_per_second": round(rate, 3), "first_is_faster": round(ratio, 3)})
         print(f"{name:32} {rate:10.2f} pictures/s   the first is {ratio:.2f} times as fast")
     found = {"machine": machine(device), "torch": torch.__version__, "images": options.images, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(before | {f"{device} {options.precision}": found}, indent=1) + "\n")
+    write_results(options.out, {f"{device} {options.precision}": found})
 
 
 def read_options() -> argparse.Namespace:

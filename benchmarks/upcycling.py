@@ -60,18 +60,15 @@ def main() -> None:
 
     options.shards = options.shards or packed(options)
     dense = options.dense or train_dense(options)
-    found = json.loads(options.out.read_text()) if options.out.exists() else {}
-    name = f"{options.steps} steps, lr {options.lr:g}"
     rows = {}
-    found[name] = {"machine": machine(), "dense": dense_record(dense), "rows": rows}
+    found = {"machine": machine(), "dense": dense_record(dense), "rows": rows}
     starts = [("dense", None)] + [
         (mode, layers) for layers in options.layers.split(",") for mode in options.modes.split(",")
     ]
     for mode, layers in starts:
         start = Start("dense", dense / "model", None, 1.0) if layers is None else upcycled(options, dense, mode, layers)
         rows[mode if layers is None else f"{mode}, {layers}"] = row(options, start, layers)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_results(options.out, {f"{options.steps} steps, lr {options.lr:g}": found})
     print(table(rows))
     draw(rows, options.picture)
 

@@ -12,19 +12,12 @@ import numpy as np
 
 from softmoe_clip.data_pipelines import set_findings
 from softmoe_clip.data_pipelines.findings import ERRORS, Finding, finding
-from softmoe_clip.data_pipelines.sample_facts import (
-    Facts,
-    digest,
-    index_shards,
-    plain,
-    raw_samples,
-    read_facts,
-    shard_slice,
-    usable_cores,
-)
+from softmoe_clip.data_pipelines.processes import usable_cores
+from softmoe_clip.data_pipelines.sample_facts import Facts, digest, plain, read_facts
 from softmoe_clip.data_pipelines.samples import read_pair
 from softmoe_clip.data_pipelines.shards import Shard, find_shards
 from softmoe_clip.data_pipelines.tar_index import RawSample
+from softmoe_clip.data_pipelines.tar_samples import index_shards, raw_samples, shard_slice
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 
@@ -104,32 +97,31 @@ def check(
     other_shards = find_shards(against) if against is not None else []
     findings: list[Finding] = []
     contents = read_contents(shards, jobs, findings)
+    dropped = {trouble.sample: trouble.reason for trouble in contents.facts.troubles}
+    doubles = [double for double in set_findings.same_pictures(contents.facts) if double.sample not in dropped]
     findings += wrong_counts(shards, contents)
-    facts, names = contents.facts, contents.names
-    findings += set_findings.duplicate_keys(contents.parts, names)
-    for sample, kind, reason in facts.troubles:
-        findings.append(finding(kind, names[facts.shards[sample]], facts.keys[sample], reason))
-    dropped = {trouble.sample: trouble.reason for trouble in facts.troubles}
-    same = [double for double in set_findings.same_pictures(facts) if double.sample not in dropped]
-    findings += set_findings.keys_across_shards(facts, contents.parts, names)
-    findings += set_findings.only_labels(facts, names)
-    findings += set_findings.doubles(facts, names, same)
-    findings += doubled_captions(contents)
+    findings += within(contents, doubles)
     if other_shards:
         other = read_contents(other_shards, jobs, [], "reading the other set")
-        leaks = set_findings.leaks(facts, names, other.facts, other.names)
+        leaks = set_findings.leaks(contents.facts, contents.names, other.facts, other.names)
         findings += leaks.values()
         pictures = {sample: leak["reason"] for sample, leak in leaks.items() if leak["kind"] == "leaked picture"}
         dropped = pictures | dropped
     findings += too_few(len(contents.urls), num_processes, num_workers)
-    return CheckReport(
-        len(facts.keys),
-        contents,
-        findings,
-        counts(contents),
-        dropped,
-        {double.sample: double.other for double in same},
-    )
+    joins = {double.sample: double.other for double in doubles}
+    return CheckReport(len(contents.facts.keys), contents, findings, counts(contents), dropped, joins)
+
+
+def within(contents: Contents, doubles: list[set_findings.Place]) -> Iterator[Finding]:
+    """Find what is wrong with the samples of one set, each for itself and beside each other."""
+    facts, names = contents.facts, contents.names
+    yield from set_findings.duplicate_keys(contents.parts, names)
+    for sample, kind, reason in facts.troubles:
+        yield finding(kind, names[facts.shards[sample]], facts.keys[sample], reason)
+    yield from set_findings.keys_across_shards(facts, contents.parts, names)
+    yield from set_findings.only_labels(facts, names)
+    yield from set_findings.doubles(facts, names, doubles)
+    yield from doubled_captions(contents)
 
 
 def read_contents(

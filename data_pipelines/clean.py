@@ -1,17 +1,19 @@
 """Write a checked shard set anew, without what is wrong with it."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from softmoe_clip.data_pipelines.check import CheckReport
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.sample_facts import plain, raw_samples
-from softmoe_clip.data_pipelines.samples import Pair, read_pair
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter, write_synced
+from softmoe_clip.data_pipelines.sample_facts import plain
+from softmoe_clip.data_pipelines.samples import Pair, captions_of, json_fields, picture_extension, read_pair
+from softmoe_clip.data_pipelines.shard_files import members_of, write_lines
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import RawSample
+from softmoe_clip.data_pipelines.tar_samples import raw_samples
+
+PLAIN = {"jpeg": "jpg"}  # what open_clip and img2dataset call it
 
 
 class Cleaned(NamedTuple):
@@ -48,14 +50,13 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
                 for texts in (pair.captions, *(read_pair(contents.read(double)).captions for double in joins[sample])):
                     for text in texts:
                         captions.setdefault(plain(text), text)
-                add(writer, raw, pair, captions.values(), name)
+                add(writer, raw, pair, tuple(captions.values()), name)
         lines = [
             {"key": keys[sample], "shard": names[contents.facts.shards[sample]], "reason": reason}
             for sample, reason in sorted(left_out.items())
         ]
         if lines:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_synced(writer.folder / "skipped.jsonl", text)
+            write_lines(writer.folder / "skipped.jsonl", lines)
     return Cleaned(writer.num_samples, len(report.dropped), len(left_out) - len(report.dropped))
 
 
@@ -72,18 +73,14 @@ def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
     return joins
 
 
-def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: Iterable[str], shard: str) -> None:
-    """Write one sample, with the fields of its .json and where it came from."""
-    extension = next(name for name, data in raw.members.items() if data is pair.image).rpartition(".")[2]
-    extra = fields(raw.members.get("json", b""))
-    source = {"source_key": raw.key, "source_shard": shard}
-    writer.add(pair.image, "jpg" if extension == "jpeg" else extension, captions, {**source, **extra}, pair.label)
-
-
-def fields(data: bytes) -> dict:
-    """Read a .json member; nothing of one that is damaged or holds no fields."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: tuple[str, ...], shard: str) -> None:
+    """Write one sample with all its members; only the .json, and a .txt that does not say these captions, are new."""
+    name = picture_extension(raw.members)
+    extension = PLAIN.get(kind := name.rpartition(".")[2], kind)
+    members = {extension if member == name else member: data for member, data in raw.members.items()}
+    extra = {"source_key": raw.key, "source_shard": shard, **json_fields(raw.members)}
+    written, row = members_of(writer.next_key, pair.image, extension, captions, extra, pair.label)
+    members["json"] = written["json"]
+    if "txt" not in members or captions_of({"txt": members["txt"]}) != captions:
+        members["txt"] = written["txt"]
+    writer.add_members(members, row)

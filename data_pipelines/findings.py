@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from softmoe_clip.data_pipelines.shard_writer import write_synced
+from softmoe_clip.data_pipelines.shard_files import write_lines, write_synced
 
 # Every kind, in the order of the table, with what it means.
 ERRORS = {
@@ -62,7 +62,7 @@ def write_findings(file: str | Path, about: dict, findings: Sequence[Finding]) -
     """Write a JSON file, and beside it a ledger, .jsonl, with one line for each finding; return the ledger's name."""
     file, ledger = Path(file), ledger_beside(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(ledger, "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in findings))
+    write_lines(ledger, findings)
     kinds = [
         {"severity": found[0]["severity"], "kind": kind, "count": len(found)}
         for kind, found in by_kind(findings).items()

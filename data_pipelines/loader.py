@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.ledger import Replacement
@@ -43,6 +44,34 @@ class Example(NamedTuple):
     replaced: list[Replacement]
 
 
+def batch_of(examples: list[Example], positions: list[int], tokenizer: Tokenizer) -> Batch:
+    """Put the examples of some positions together."""
+    captions = [example.caption for example in examples]
+    return Batch(
+        images=stacked([example.image for example in examples]),
+        token_ids=tokenizer(captions),
+        keys=[example.key for example in examples],
+        captions=captions,
+        positions=positions,
+        replaced=[entry for example in examples for entry in example.replaced],
+    )
+
+
+def stacked(images: list[Tensor]) -> Tensor:
+    """Stack pictures, in a worker straight into the memory that it shares with its parent.
+
+    Stacked on its heap and copied from there, they left holes of tens of MiB in it (benchmarks/worker_memory.py).
+    """
+    return default_collate(images)
+
+
+def share_of_batch(batch_size: int, world_size: int) -> int:
+    """Return how much of a global batch each process gets; raises ValueError where it does not divide."""
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size {batch_size} is global and must divide by the {world_size} processes")
+    return batch_size // world_size
+
+
 def train_batches(
     shards: ShardSet,
     tokenizer: Tokenizer,
@@ -66,15 +95,13 @@ def train_batches(
     substitute. `shuffle_captions` gives each picture a caption of another sample: a control experiment. `window` is
     the number of shards that are mixed with each other, 0 for all. Raises ValueError when nearly all samples are bad.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} is global and must divide by the {world_size} processes")
+    local_size = share_of_batch(batch_size, world_size)
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if shuffle_captions and len(shards) < 2:
         raise ValueError("shuffle_captions needs two samples or more")
     order = Mixture.of(seed, shards.counts, shards.sources, window)
     draws = Draws(shards, order, picture, seed, caption, shuffle_captions)
-    local_size = batch_size // world_size
     batches = TrainBatches(draws, tokenizer, start + rank * local_size, local_size, batch_size, num_batches)
     return computed_in_order(batches, num_workers, pin_memory=True, beside=ReadAhead(shards, order, start, batch_size))
 
@@ -96,16 +123,7 @@ class TrainBatches:
     def __getitem__(self, number: int) -> Batch:
         first = self.first + number * self.batch_size
         positions = list(range(first, first + self.local_size))
-        examples = self.draws.examples(positions)
-        captions = [example.caption for example in examples]
-        return Batch(
-            images=torch.stack([example.image for example in examples]),
-            token_ids=self.tokenizer(captions),
-            keys=[example.key for example in examples],
-            captions=captions,
-            positions=positions,
-            replaced=[entry for example in examples for entry in example.replaced],
-        )
+        return batch_of(self.draws.examples(positions), positions, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -231,7 +249,7 @@ class EvalBatches:
             pairs.append(pair)
             indices.append(index)
         return EvalBatch(
-            images=torch.stack(images) if images else torch.empty(0),
+            images=stacked(images) if images else torch.empty(0),
             captions=[pair.captions for pair in pairs],
             keys=[pair.key for pair in pairs],
             labels=[pair.label for pair in pairs],

@@ -12,6 +12,7 @@ from softmoe_clip.data_pipelines.order import (
     BLOCK_KEYS,
     SOURCE_SEED,
     WindowedOrder,
+    mixing,
     permuted,
     round_keys,
     substitute_at,
@@ -87,6 +88,15 @@ class Mixture:
             for first, order, place in zip(self.first_shard, self.orders, begins, strict=True)
             for shards, following, share in [order.windows_from(place)]
         ]
+
+    def mixing(self, batch_size: int, num_batches: int = 20) -> float:
+        """Say how much worse than a full shuffle the source that is mixed worst is (see `order.mixing`)."""
+        found = [1.0]
+        for order, weight in zip(self.orders, self.weights, strict=True):
+            share = max(1, round(batch_size * weight / sum(self.weights)))
+            if not order.is_one_window and share < order.num_samples:
+                found.append(mixing(order, share, num_batches))
+        return max(found)
 
     @cached_property
     def first_sample(self) -> list[int]:

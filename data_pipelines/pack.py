@@ -1,6 +1,5 @@
 """Turn pictures with captions into shards, leaving out what can't be used and saying why."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,10 +18,11 @@ from softmoe_clip.data_pipelines.pack_partial import (
     partial_folder,
 )
 from softmoe_clip.data_pipelines.pack_shard import Done, Job, Layout
-from softmoe_clip.data_pipelines.pack_workers import usable_cores, write_shards
+from softmoe_clip.data_pipelines.pack_workers import write_shards
 from softmoe_clip.data_pipelines.picture_bytes import Encoding
+from softmoe_clip.data_pipelines.processes import usable_cores
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.shard_files import write_synced
+from softmoe_clip.data_pipelines.shard_files import write_lines, write_synced
 from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder
 from softmoe_clip.data_pipelines.sources import SourceItem, read_source
 from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share
@@ -65,13 +65,7 @@ def pack(
     Raises ValueError where nothing is left, OUT is not empty, or a pack with other arguments is unfinished there.
     """
     refuse_existing(out)
-    check_shard_size(shard_size)
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
-    if layout not in LAYOUTS:
-        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"workers is {num_workers}: give at least 1")
+    check_arguments(shard_size, holdout, layout, num_workers)
     found = read_source(source, image_column, caption_columns, root, prompts)
     if found.classnames and Path(out).absolute().is_relative_to(Path(source).absolute()):
         raise ValueError(f"{out} lies inside the source, where it would be one more class: choose another folder")
@@ -98,6 +92,17 @@ def pack(
         with progress("packing", sum(len(job.items) for job in jobs), "pictures", already) as advance:
             done = write_shards(jobs, num_workers or usable_cores(), advance)
         return finish(plan, partial, str(out), list(zip(jobs, done, strict=True)), skipped)
+
+
+def check_arguments(shard_size: int, holdout: float, layout: str, num_workers: int | None) -> None:
+    """Refuse values out of range before anything is read."""
+    check_shard_size(shard_size)
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout is {holdout}: give the share of pictures for val, between 0 and 1")
+    if layout not in LAYOUTS:
+        raise ValueError(f"the format is {layout!r}: choose img2dataset or benchmark")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"workers is {num_workers}: give at least 1")
 
 
 class Plan(NamedTuple):
@@ -203,8 +208,7 @@ def finish_split(folder: Path, layout: Layout, parts: list[TarPart], left_out: l
 def write_skipped(folder: Path, entries: list[dict[str, str]]) -> None:
     """List what was left out; those of a split of which nothing is left stand beside the other splits."""
     if entries:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        write_synced(folder / "skipped.jsonl", lines)
+        write_lines(folder / "skipped.jsonl", entries)
 
 
 def write_class_files(folder: Path, plan: Plan) -> None:

@@ -1,25 +1,20 @@
-"""Write shards in several processes that stop with the one that started them."""
+"""Write shards in several processes that report every picture and stop at the first failure."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 from softmoe_clip.data_pipelines.pack_shard import Done, Job, write_shard
+from softmoe_clip.data_pipelines.processes import SPAWN, process_pool
 
 PICTURES_WORTH_A_PROCESS = 300  # starting one takes about as long
 SECONDS_BETWEEN_LOOKS = 0.2
+KILLED = (
+    "a process that packs was stopped from outside or could not start, most often for too little memory "
+    '(or a script without `if __name__ == "__main__":`): try fewer workers, 1 for none'
+)
 
 shared: dict[str, Any] = {}  # of a worker: the counter of pictures and the sign to stop
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_shards(jobs: Sequence[Job], num_workers: int, advance: Callable[..., None]) -> list[Done]:
@@ -31,22 +26,15 @@ def write_shards(jobs: Sequence[Job], num_workers: int, advance: Callable[..., N
     num_processes = min(num_workers, len(jobs), -(-num_pictures // PICTURES_WORTH_A_PROCESS))
     if num_processes <= 1:
         return [write_shard(job, num_workers, advance) for job in jobs]
-    context = get_context("spawn")  # a fork copies the held locks of other threads
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(num_processes, context, start_worker, (counter, stop))
+    counter, stop = SPAWN.Value("q", 0), SPAWN.Event()
     num_threads = -(-num_workers // num_processes)
-    try:
-        futures = [pool.submit(write_here, job, num_threads) for job in jobs]
-        follow(futures, counter, advance)
-        return [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process that packs was stopped from outside or could not start, most often for too little memory "
-            '(or a script without `if __name__ == "__main__":`): try fewer workers, 1 for none'
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+    with process_pool(num_processes, KILLED, remember, (counter, stop)) as pool:
+        try:
+            futures = [pool.submit(write_here, job, num_threads) for job in jobs]
+            follow(futures, counter, advance)
+            return [future.result() for future in futures]
+        finally:
+            stop.set()
 
 
 def follow(futures: Sequence[Future], counter: Any, advance: Callable[..., None]) -> None:
@@ -61,17 +49,9 @@ def follow(futures: Sequence[Future], counter: Any, advance: Callable[..., None]
             future.result()
 
 
-def start_worker(counter: Any, stop: Any) -> None:
-    """Make a worker leave Ctrl-C to its parent, and end as soon as that is gone."""
+def remember(counter: Any, stop: Any) -> None:
+    """Keep in a worker what it shares with the others."""
     shared.update(counter=counter, stop=stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-
-
-def end_with_the_parent() -> None:
-    """A worker of a killed process would wait for work for ever."""
-    parent_process().join()
-    os._exit(1)
 
 
 def write_here(job: Job, num_threads: int) -> Done:

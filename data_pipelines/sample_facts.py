@@ -1,29 +1,19 @@
-"""Read shards once, from their first byte to their last, in several processes, and keep what a check must know."""
+"""Read shards once and keep of each sample what a check must know."""
 
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
-from multiprocessing import connection, get_context, parent_process
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from softmoe_clip.data_pipelines.images import TooLarge, decode_rgb
 from softmoe_clip.data_pipelines.picture_hash import COLOUR_BYTES, HASH_BYTES, MIN_SIDE, Look, look_of
+from softmoe_clip.data_pipelines.processes import in_order
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import BadSample, read_pair
-from softmoe_clip.data_pipelines.tar_index import RawSample
-from softmoe_clip.data_pipelines.tar_walk import TarPart, index_tar
+from softmoe_clip.data_pipelines.tar_samples import FEW_SAMPLES, chunks_of, raw_samples
+from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 DIGEST_BYTES = 16
-CHUNK = 128  # samples given to a process at a time
-AHEAD = 4  # chunks that wait for each process
-FEW = 512  # samples for which starting processes takes longer than reading
 
 
 class Trouble(NamedTuple):
@@ -47,112 +37,17 @@ class Facts(NamedTuple):
     troubles: list[Trouble]
 
 
-def index_shards(urls: list[str], num_workers: int) -> list[TarPart | str]:
-    """Index every tar by its headers; a text says why one can't be read at all."""
-    if remote := next((url for url in urls if "://" in url), None):
-        raise ValueError(f"{remote} is not on this machine: copy the shards to a local folder first")
-    with progress("finding samples", len(urls), "shards") as advance:
-        parts = []
-        for part in in_order(index_or_reason, urls, num_workers if len(urls) > FEW else 1):
-            parts.append(part)
-            advance()
-    return parts
-
-
-def index_or_reason(url: str) -> TarPart | str:
-    """Index one tar, or say why not."""
-    try:
-        return index_tar(url)
-    except ValueError as error:
-        return str(error).removeprefix(f"{url} ")
-    except OSError as error:
-        return f"can't be read: {error.strerror or error}"
-
-
-def read_facts(urls: list[str], parts: list[TarPart], num_workers: int, description: str = "checking") -> Facts:
+def read_facts(urls: list[str], parts: list[TarPart], num_processes: int, description: str = "checking") -> Facts:
     """Read and decode every sample; the result is the same for any number of processes."""
     num_samples = sum(len(part.keys) for part in parts)
-    tasks = (
-        (url, shard_slice(part, first, first + CHUNK), shard)
-        for shard, (url, part) in enumerate(zip(urls, parts, strict=True))
-        for first in range(0, len(part.keys), CHUNK)
-    )
+    pairs = enumerate(zip(urls, parts, strict=True))
+    tasks = ((url, chunk, shard) for shard, (url, part) in pairs for chunk in chunks_of(part))
     chunks = [no_facts()]
     with progress(description, num_samples, "samples") as advance:
-        for chunk in in_order(read_chunk, tasks, num_workers if num_samples > FEW else 1):
+        for chunk in in_order(read_chunk, tasks, num_processes if num_samples > FEW_SAMPLES else 1):
             chunks.append(chunk)
             advance(len(chunk.keys))
     return joined(chunks)
-
-
-def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """Yield function(task) for each task in order, from processes that end with this one; 1 computes here."""
-    if num_workers == 1:
-        yield from map(function, tasks)
-        return
-    # Spawned, since a fork copies the held locks of other threads.
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=end_with_parent)
-    waiting: deque = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(function, task))
-            if len(waiting) >= AHEAD * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process that read shards was killed: this is most often too little memory; try --jobs 1"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it is gone, even killed: a pool's processes would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def shard_slice(part: TarPart, first: int, last: int) -> TarPart:
-    """Cut the samples first to last (exclusive) out of a tar's index."""
-    last = min(last, len(part.keys))
-    starts = np.asarray(part.starts[first : last + 1])
-    members = slice(int(starts[0]), int(starts[-1]))
-    return TarPart(
-        part.name,
-        part.num_bytes,
-        part.keys[first:last],
-        part.extensions[members],
-        starts - starts[0],
-        part.offsets[members],
-        part.sizes[members],
-        part.header_crcs[members],
-        problems=[],
-    )
-
-
-def raw_samples(url: str, part: TarPart) -> Iterator[RawSample]:
-    """Read samples one after the other, as they lie in the tar."""
-    with open(url, "rb", buffering=0) as file:
-        for sample, key in enumerate(part.keys):
-            members = {}
-            for member in range(part.starts[sample], part.starts[sample + 1]):
-                data = os.pread(file.fileno(), int(part.sizes[member]), int(part.offsets[member]))
-                if len(data) < part.sizes[member]:
-                    raise ValueError(f"{url} became shorter while it was read: start again")
-                members[part.extensions[member]] = data
-            yield RawSample(key, part.name, members)
 
 
 def read_chunk(task: tuple[str, TarPart, int]) -> Facts:

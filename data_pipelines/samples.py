@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 from softmoe_clip.data_pipelines.tar_walk import CAPTION_EXTENSIONS, PICTURE_EXTENSIONS
@@ -97,6 +97,16 @@ def captions_in_json(data: bytes, name: str = "json") -> tuple[str, ...]:
         return ()
     found = [fields.get(field) for field in ("captions", "caption", "text")]
     return next((c for value in found if (c := without_empty(value if isinstance(value, list) else [value]))), ())
+
+
+def json_fields(members: dict[str, bytes]) -> dict[str, Any]:
+    """Read the fields of the .json member; nothing of one that is damaged or holds no fields."""
+    found = with_extension(members, ("json",))
+    try:
+        fields = json.loads(members[found[0]] if found else b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def without_empty(captions: list) -> tuple[str, ...]:

@@ -2,14 +2,13 @@
 
 import io
 import math
-import os
 import signal
 from collections.abc import Iterator
-from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from softmoe_clip.data_pipelines.processes import SPAWN, usable_cores
 from softmoe_clip.data_pipelines.scenes_grammar import Scene, Thing
 
 # Ground and pattern colour of each name. Neighbours in hue differ in lightness, so that people with a colour
@@ -57,14 +56,13 @@ def pictures(scenes: list[Scene], image_size: int, num_processes: int) -> Iterat
     if num_processes == 1:
         yield from (png(scene, image_size) for scene in scenes)
         return
-    # Spawned, since a fork copies the held locks of other threads. Pipes, since a pool outlives a killed parent.
-    context = get_context("spawn")
+    # No pool: a script without `if __name__` starts none of them, and its scenes are drawn here.
     processes, receivers = [], []
     try:
         for first in range(num_processes):
-            receiver, sender = context.Pipe(duplex=False)
+            receiver, sender = SPAWN.Pipe(duplex=False)
             share = (sender, scenes[first::num_processes], image_size)
-            processes.append(context.Process(target=_draw_share, args=share, daemon=True))
+            processes.append(SPAWN.Process(target=_draw_share, args=share, daemon=True))
             processes[-1].start()
             sender.close()
             receivers.append(receiver)
@@ -81,8 +79,7 @@ def pictures(scenes: list[Scene], image_size: int, num_processes: int) -> Iterat
 
 def usable_processes(num_pictures: int) -> int:
     """Count the processes worth starting: one per usable core, and only one for few pictures."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8, 1 + num_pictures // 1000)
+    return min(usable_cores(), 8, 1 + num_pictures // 1000)
 
 
 def _draw_share(sender, scenes: list[Scene], image_size: int) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,11 @@ def write_synced(path: str | Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_lines(path: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write a small file of JSON lines and bring it to the disk."""
+    write_synced(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
 def _plain(value: Any, column: str) -> str | int | None:
     """Fit a value into its column; fields of the same name with other contents are left out of the table."""
     if column in TEXT_COLUMNS:
@@ -134,4 +139,5 @@ def _member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o444  # time, user and group stay 0: equal samples, equal bytes
     padding = b"\0" * (-len(data) % tarfile.BLOCKSIZE)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + padding
+    fits = len(os.fsencode(name)) <= tarfile.LENGTH_NAME
+    return info.tobuf(tarfile.USTAR_FORMAT if fits else tarfile.GNU_FORMAT) + data + padding

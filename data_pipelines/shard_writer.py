@@ -11,8 +11,6 @@ from softmoe_clip.data_pipelines.shard_files import ShardFiles, members_of, writ
 from softmoe_clip.data_pipelines.tar_index import INDEX_NAME, save_index
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
-__all__ = ["ShardWriter", "check_shard_size", "finish_folder", "write_synced"]
-
 MAX_SHARD_SIZE = 10_000  # the key's last four digits
 
 
@@ -60,15 +58,25 @@ class ShardWriter:
         EXTENSION is the picture's ("jpg", "png", "webp"); EXTRA goes into .json, LABEL (a class number) into .cls.
         A caption's line breaks become spaces, since the .txt holds one per line; empty captions are left out.
         """
+        key = self.next_key
+        self.add_members(*members_of(key, image, extension, captions, extra, label))
+        return key
+
+    def add_members(self, members: dict[str, bytes], row: dict[str, Any]) -> None:
+        """Append one sample with members as they are; ROW (see `members_of`) goes into the parquet."""
         shard, index = divmod(self.num_samples, self.shard_size)
-        key = f"{shard:05d}{index:04d}"
-        members, about = members_of(key, image, extension, captions, extra, label)
+        key = self.next_key
         if index == 0:
             self._close_shard()
             self._shard = ShardFiles(self.folder, f"{shard:05d}")
-        self._shard.add(key, members, about)
+        self._shard.add(key, members, row)
         self.num_samples += 1
-        return key
+
+    @property
+    def next_key(self) -> str:
+        """The key of the sample that is added next."""
+        shard, index = divmod(self.num_samples, self.shard_size)
+        return f"{shard:05d}{index:04d}"
 
     def _close_shard(self) -> None:
         if self._shard is not None:

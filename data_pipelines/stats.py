@@ -10,22 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from softmoe_clip.data_pipelines.images import JPEG_FORMATS, open_picture, orientation
+from softmoe_clip.data_pipelines.processes import in_order, usable_cores
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.sample_facts import (
-    CHUNK,
-    FEW,
-    in_order,
-    index_shards,
-    raw_samples,
-    shard_slice,
-    usable_cores,
-)
 from softmoe_clip.data_pipelines.samples import BadSample, read_pair
 from softmoe_clip.data_pipelines.shards import find_shards
+from softmoe_clip.data_pipelines.tar_samples import FEW_SAMPLES, chunks_of, index_shards, raw_samples
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 DEFAULT_CONTEXT_LENGTH = 64  # for a lone sentencepiece model, which does not say one
+HELD = 128  # chunks that are counted before they are added up
 LONGER = 4  # captions are counted up to this many context lengths, to see what would be cut off
 
 
@@ -75,17 +69,13 @@ def count(
     num_samples = sum(len(part.keys) for _, part in parts)
     if not num_samples:
         raise ValueError(f"the shards of {pattern} hold no samples: `softmoe-clip check` says more")
-    tasks = (
-        Chunk(url, shard_slice(part, first, first + CHUNK), counting)
-        for url, part in parts
-        for first in range(0, len(part.keys), CHUNK)
-    )
+    tasks = (Chunk(url, chunk, counting) for url, part in parts for chunk in chunks_of(part))
     with progress("counting", num_samples, "samples") as advance:
         counted = []
-        for stats in in_order(count_chunk, tasks, jobs if num_samples > FEW else 1):
+        for stats in in_order(count_chunk, tasks, jobs if num_samples > FEW_SAMPLES else 1):
             counted.append(stats)
             advance(stats.num_samples)
-            if len(counted) == CHUNK:  # keep few in memory
+            if len(counted) == HELD:
                 counted = [added(counted)]
     return added(counted)._replace(num_shards=len(urls), context_length=context_length)
 

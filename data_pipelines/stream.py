@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from softmoe_clip.data_pipelines.ledger import Replacement
-from softmoe_clip.data_pipelines.loader import Batch, Example, captioned
+from softmoe_clip.data_pipelines.loader import Batch, Example, batch_of, captioned, share_of_batch
 from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.samples import BadSample, Pair
 from softmoe_clip.data_pipelines.tar_index import RawSample
@@ -66,8 +66,7 @@ def stream_batches(
     Each process and worker reads streams of its own, so there must be one for each process. A bad sample is replaced by
     the next good one. Raises ValueError when a whole round of the streams gives no sample.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} is global and must divide by the {world_size} processes")
+    local_size = share_of_batch(batch_size, world_size)
     if shuffle_captions:
         raise ValueError("data.shuffle_captions draws captions from the whole set: it cannot be used with a stream")
     if len(stream.urls) < world_size:
@@ -76,7 +75,8 @@ def stream_batches(
         )
     num_workers = min(num_workers, len(stream.urls) // world_size)
     batches = StreamBatches(
-        stream, tokenizer, picture, batch_size, seed, start, num_batches, rank, world_size, num_workers, caption
+        *(stream, tokenizer, picture, local_size, batch_size, seed, start, num_batches),
+        *(rank, world_size, num_workers, caption),
     )
     return computed_in_order(batches, num_workers, pin_memory=True)
 
@@ -88,6 +88,7 @@ class StreamBatches:
     stream: Stream
     tokenizer: Tokenizer
     picture: Picture
+    local_size: int
     batch_size: int
     seed: int
     start: int
@@ -106,19 +107,9 @@ class StreamBatches:
             readers = max(self.num_workers, 1)
             reader = self.rank * readers + number % readers
             self.raws = raw_samples(self.stream.urls, reader, self.world_size * readers, self.seed, self.start)
-        local_size = self.batch_size // self.world_size
-        first = self.start + number * self.batch_size + self.rank * local_size
-        positions = list(range(first, first + local_size))
-        examples = [self.example(position) for position in positions]
-        captions = [example.caption for example in examples]
-        return Batch(
-            images=torch.stack([example.image for example in examples]),
-            token_ids=self.tokenizer(captions),
-            keys=[example.key for example in examples],
-            captions=captions,
-            positions=positions,
-            replaced=[entry for example in examples for entry in example.replaced],
-        )
+        first = self.start + number * self.batch_size + self.rank * self.local_size
+        positions = list(range(first, first + self.local_size))
+        return batch_of([self.example(position) for position in positions], positions, self.tokenizer)
 
     def example(self, position: int) -> Example:
         """Make the example of a position of the first sample that is good."""

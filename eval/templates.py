@@ -42,6 +42,12 @@ def find_templates(templates: str | Sequence[str]) -> list[Template]:
     return found
 
 
+def prompts_of(templates: str | Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a function from a class name to its prompts (see `find_templates`)."""
+    found = find_templates(templates)
+    return lambda classname: [fill(template, classname) for template in found]
+
+
 def fill(template: Template, classname: str) -> str:
     """Put a class name into a template; braces inside the name stay as they are."""
     if callable(template):

@@ -1,7 +1,6 @@
 """Small pictures that differ as photographs do, and shards of them."""
 
 import io
-import tarfile
 
 import numpy as np
 from PIL import Image
@@ -26,15 +25,6 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
 def png(seed: int) -> bytes:
     """A scene as PNG."""
     return encoded(scene(seed))
-
-
-def write(path, members):
-    """Write a tar of (name, bytes)."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def whole(key: str, seed: int) -> list[tuple[str, bytes]]:

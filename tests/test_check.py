@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_shards import encoded, png, scene, whole, write, write_set
+from picture_shards import encoded, png, scene, whole, write_set
+from tars import write_tar
 
-from softmoe_clip.data_pipelines import sample_facts
+from softmoe_clip.data_pipelines import sample_facts, tar_samples
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.findings import by_kind, print_findings, write_findings
 from softmoe_clip.data_pipelines.ledger import read_ledger
+from softmoe_clip.data_pipelines.processes import in_order
 
 
 def found(report, *columns):
@@ -46,7 +48,9 @@ def test_each_bad_sample_is_found_with_key_shard_and_reason(tmp_path):
         "blind": ([("txt", b"f")], "no picture", "no picture"),
         "latin": ([("png", good), ("txt", b"caf\xe9")], "bad caption", "not UTF-8"),
     }
-    write(tmp_path / "0.tar", [(f"{key}.{name}", data) for key, (parts, *_) in samples.items() for name, data in parts])
+    write_tar(
+        tmp_path / "0.tar", [(f"{key}.{name}", data) for key, (parts, *_) in samples.items() for name, data in parts]
+    )
     report = check(str(tmp_path))
     assert report.num_samples == len(samples)
     assert {(f["severity"], f["shard"]) for f in report.findings} == {("error", "0.tar")}
@@ -59,8 +63,8 @@ def test_each_bad_sample_is_found_with_key_shard_and_reason(tmp_path):
 
 
 def test_damage_of_whole_shards_wrong_counts_and_repeated_keys_are_found(tmp_path):
-    write(tmp_path / "0.tar", [member for seed, key in enumerate("abca") for member in whole(key, seed)])
-    write(tmp_path / "1.tar", [member for seed, key in enumerate("cde", 10) for member in whole(key, seed)])
+    write_tar(tmp_path / "0.tar", [member for seed, key in enumerate("abca") for member in whole(key, seed)])
+    write_tar(tmp_path / "1.tar", [member for seed, key in enumerate("cde", 10) for member in whole(key, seed)])
     size = (tmp_path / "1.tar").read_bytes().rindex(b"e.txt")
     with open(tmp_path / "1.tar", "r+b") as file:
         file.truncate(size + 300)  # inside the header of e.txt
@@ -89,8 +93,8 @@ def test_damage_of_whole_shards_wrong_counts_and_repeated_keys_are_found(tmp_pat
 
 
 def test_a_sample_torn_between_two_shards_is_named_with_both(tmp_path):
-    write(tmp_path / "0.tar", [*whole("a", 0), ("b.png", png(1))])
-    write(tmp_path / "1.tar", [("b.txt", b"its caption"), *whole("c", 2)])
+    write_tar(tmp_path / "0.tar", [*whole("a", 0), ("b.png", png(1))])
+    write_tar(tmp_path / "1.tar", [("b.txt", b"its caption"), *whole("c", 2)])
     report = check(str(tmp_path))
     assert ("split key", "1.tar", "b", "b in 0.tar") in found(report, "kind", "shard", "key", "other")
     assert report.num_errors == 2
@@ -146,7 +150,7 @@ def test_what_has_a_leaked_caption_alone_stays_in_clean_shards(tmp_path):
 
 
 def test_samples_with_a_label_alone_are_one_warning(tmp_path):
-    write(tmp_path / "0.tar", [("a.png", png(1)), ("a.cls", b"3"), ("b.png", png(2)), ("b.cls", b"4")])
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.cls", b"3"), ("b.png", png(2)), ("b.cls", b"4")])
     report = check(str(tmp_path))
     assert found(report, "severity", "kind", "key") == [("warning", "only a label", "a")]
     assert "2 samples" in report.findings[0]["reason"]
@@ -163,8 +167,9 @@ def test_too_few_shards_for_the_readers_is_a_warning(tmp_path):
 
 
 def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_facts, "FEW", 0)
-    monkeypatch.setattr(sample_facts, "CHUNK", 3)
+    monkeypatch.setattr(tar_samples, "FEW_SHARDS", 0)
+    monkeypatch.setattr(sample_facts, "FEW_SAMPLES", 0)
+    monkeypatch.setattr(tar_samples, "CHUNK", 3)
     pictures = [png(seed % 9) if seed % 5 else png(seed)[:-30] for seed in range(25)]
     shards = write_set(tmp_path / "out", pictures, shard_size=10)
     (tmp_path / "out" / "9.tar").write_bytes(b"no tar")
@@ -178,7 +183,7 @@ def test_any_number_of_processes_finds_the_same_in_the_same_order(tmp_path, monk
 
 def test_a_reader_that_is_killed_is_one_sentence():
     with pytest.raises(ValueError, match="killed: this is most often too little memory"):
-        list(sample_facts.in_order(os._exit, [3], num_workers=2))
+        list(in_order(os._exit, [3], num_processes=2))
 
 
 def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(tmp_path, capsys):
@@ -198,7 +203,7 @@ def test_the_report_and_the_ledger_hold_every_finding_and_the_table_only_a_few(t
 
 
 def test_names_of_any_bytes_are_listed_and_steer_no_terminal(tmp_path, capsys):
-    write(tmp_path / "0.tar", [("\udcff\x1b[31m\n.png", b"no picture"), ("\udcff\x1b[31m\n.txt", b"a caption")])
+    write_tar(tmp_path / "0.tar", [("\udcff\x1b[31m\n.png", b"no picture"), ("\udcff\x1b[31m\n.txt", b"a caption")])
     report = check(str(tmp_path))
     (bad,) = report.findings
     assert bad["key"] == "?\x1b[31m\n"
@@ -208,7 +213,7 @@ def test_names_of_any_bytes_are_listed_and_steer_no_terminal(tmp_path, capsys):
 
 
 def test_findings_are_grouped_errors_first(tmp_path):
-    write(tmp_path / "0.tar", [*whole("a", 0), *whole("b", 0), ("c.png", png(1))])
+    write_tar(tmp_path / "0.tar", [*whole("a", 0), *whole("b", 0), ("c.png", png(1))])
     assert list(by_kind(check(str(tmp_path)).findings)) == ["bad caption", "same picture", "same caption"]
 
 
@@ -246,12 +251,12 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
     shards = write_set(tmp_path / "out", map(png, range(3)))
     program = f"""
 import os, signal
-from softmoe_clip.data_pipelines import sample_facts
-sample_facts.FEW, sample_facts.CHUNK = 0, 1
-from softmoe_clip.data_pipelines.check import find_shards, index_shards, read_facts
+from softmoe_clip.data_pipelines.processes import in_order
+from softmoe_clip.data_pipelines.shards import find_shards
+from softmoe_clip.data_pipelines.tar_samples import index_or_reason
 if __name__ == "__main__":
     urls = [shard.url for shard in find_shards({shards!r})]
-    results = sample_facts.in_order(sample_facts.index_or_reason, urls * 1000, 2)
+    results = in_order(index_or_reason, urls * 1000, 2)
     next(results)
     import multiprocessing
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -1,9 +1,12 @@
 """check --fix: shards without what is wrong, with right counts, and every sample accounted for."""
 
+import gzip
 import json
+import tarfile
 
 import pytest
-from picture_shards import encoded, png, scene, whole, write
+from picture_shards import encoded, png, scene, whole
+from tars import write_tar
 
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.clean import write_clean
@@ -18,7 +21,7 @@ def spoilt(tmp_path):
     near = encoded(scene(0).resize((70, 70)))
     about = json.dumps({"licence": "free", "key": "old"}).encode()
     (tmp_path / "in").mkdir()
-    write(
+    write_tar(
         tmp_path / "in" / "0.tar",
         [
             *whole("a", 0),
@@ -31,7 +34,7 @@ def spoilt(tmp_path):
             ("d.txt", b"another caption\nCaption  0"),
         ],
     )
-    write(tmp_path / "in" / "1.tar", [("e.png", near), ("e.txt", b"smaller"), ("f.png", png(4)), *whole("g", 1)])
+    write_tar(tmp_path / "in" / "1.tar", [("e.png", near), ("e.txt", b"smaller"), ("f.png", png(4)), *whole("g", 1)])
     (tmp_path / "in" / "sizes.json").write_text(json.dumps({"0.tar": 7, "1.tar": 3}))
     (tmp_path / "in" / "2.tar").write_bytes(b"no tar")
     return tmp_path / "in"
@@ -74,8 +77,10 @@ def test_doubles_give_their_captions_to_the_first_and_pictures_keep_their_bytes_
 def test_leaks_are_left_out_too(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
-    write(tmp_path / "train" / "0.tar", [*whole("a", 0), *whole("b", 1), *whole("c", 0), *whole("d", 3)])
-    write(tmp_path / "val" / "0.tar", [*whole("x", 0), ("y.png", encoded(scene(3).resize((64, 64)))), ("y.txt", b"y")])
+    write_tar(tmp_path / "train" / "0.tar", [*whole("a", 0), *whole("b", 1), *whole("c", 0), *whole("d", 3)])
+    write_tar(
+        tmp_path / "val" / "0.tar", [*whole("x", 0), ("y.png", encoded(scene(3).resize((64, 64)))), ("y.txt", b"y")]
+    )
     report = check(str(tmp_path / "train"), against=str(tmp_path / "val"))
     assert write_clean(report, tmp_path / "out") == (1, 3, 0)
     assert read_pair(samples(tmp_path / "out")[0]).captions == ("caption 1",)
@@ -83,7 +88,7 @@ def test_leaks_are_left_out_too(tmp_path):
 
 def test_labels_stay(tmp_path):
     (tmp_path / "in").mkdir()
-    write(tmp_path / "in" / "0.tar", [("a.jpeg", encoded(scene(0), "JPEG")), ("a.cls", b"7"), ("b.png", b"")])
+    write_tar(tmp_path / "in" / "0.tar", [("a.jpeg", encoded(scene(0), "JPEG")), ("a.cls", b"7"), ("b.png", b"")])
     write_clean(check(str(tmp_path / "in")), tmp_path / "out")
     (sample,) = samples(tmp_path / "out")
     assert (read_pair(sample).label, read_pair(sample).captions) == (7, ())
@@ -92,7 +97,39 @@ def test_labels_stay(tmp_path):
 
 def test_nothing_good_writes_nothing(tmp_path):
     (tmp_path / "in").mkdir()
-    write(tmp_path / "in" / "0.tar", [("a.png", b""), ("a.txt", b"a")])
+    write_tar(tmp_path / "in" / "0.tar", [("a.png", b""), ("a.txt", b"a")])
     with pytest.raises(ValueError, match="no sample is good"):
         write_clean(check(str(tmp_path / "in")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("picture", ["png", "left.png"])
+def test_all_members_of_a_sample_stay_byte_for_byte_and_in_order(tmp_path, picture):
+    mask, packed, name = png(9), gzip.compress(b"a text"), "x" * 120 + ".npy"
+    members = [
+        ("txt.gz", packed), ("json", b'{"licence": "free"}'), ("right.seg.bmp", mask), (picture, png(0)),
+        ("cls", b"7\n"), ("txt", b"\xef\xbb\xbf a  caption \r\n\r\nanother\n"), (name, b""), ("meta.xml", b"<a/>"),
+    ]  # fmt: skip
+    double = [("b.seg.png", b"lost"), ("b.png", png(0)), ("b.txt", b"a third caption")]
+    members = [(f"a.{name}", data) for name, data in members]
+    alone = write_tar(tmp_path / "alone" / "0.tar", members, tarfile.GNU_FORMAT)
+    joined = write_tar(tmp_path / "joined" / "0.tar", [*members, *double], tarfile.GNU_FORMAT)
+    for tar, texts in ((alone, None), (joined, b"a caption\nanother\na third caption")):
+        write_clean(check(str(tar)), tmp_path / "out" / tar.parent.name)
+        (sample,) = samples(tmp_path / "out" / tar.parent.name)
+        expected = {"png" if name == f"a.{picture}" else name.removeprefix("a."): data for name, data in members}
+        assert list(sample.members) == list(expected)
+        expected["json"] = sample.members["json"]
+        expected["txt"] = texts or expected["txt"]
+        assert sample.members == expected
+        assert json.loads(sample.members["json"])["licence"] == "free"
+
+
+def test_captions_that_no_txt_holds_get_one(tmp_path):
+    first = [("a.png", png(0)), ("a.caption", b"a caption"), ("a.txt", b"  \n")]
+    second = [("b.png", png(1)), ("b.json", b'{"captions": ["one", "two"]}')]
+    write_tar(tmp_path / "in" / "0.tar", [*first, *second])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    one, two = samples(tmp_path / "out")
+    assert (one.members["caption"], one.members["txt"]) == (b"a caption", b"a caption")
+    assert two.members["txt"] == b"one\ntwo"

@@ -243,6 +243,7 @@ def test_pictures_become_numbers_and_hits_through_every_verb(
     assert "lr: 0.25" in answer("config", tiny_yaml, "optim.lr=0.25")
     plan = answer("train", tiny_yaml, "out=run", "--plan")
     assert "image tower, parameters" in plan
+    assert "full shuffle" in plan
     assert "expected time" in plan
     assert not (working_folder / "run").exists()
     answer("train", tiny_yaml, "out=run", "steps=2")

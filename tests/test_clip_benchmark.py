@@ -4,12 +4,12 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from softmoe_clip import clip_benchmark
 from softmoe_clip.clip_benchmark import accuracy, with_defaults
@@ -79,12 +79,9 @@ def write_set(root, members, shards=2):
     (root / "test").mkdir(parents=True)
     (root / "test/nshards.txt").write_text(f"{shards}\n")
     for shard in range(shards):
-        with tarfile.open(root / f"test/{shard}.tar", "w") as tar:
-            for number, sample in list(enumerate(members))[shard::shards]:
-                for extension, content in sample.items():
-                    member = tarfile.TarInfo(f"s{number:07d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        samples = list(enumerate(members))[shard::shards]
+        named = [(f"s{number:07d}.{name}", data) for number, sample in samples for name, data in sample.items()]
+        write_tar(root / f"test/{shard}.tar", named)
 
 
 @pytest.fixture(scope="module")

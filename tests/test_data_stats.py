@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from picture_shards import encoded, scene, write, write_set
+from picture_shards import encoded, scene, write_set
 from PIL import Image
+from tars import write_tar
 from test_report import Page
 
 from softmoe_clip.data_pipelines import stats as stats_module
+from softmoe_clip.data_pipelines import tar_samples
 from softmoe_clip.data_pipelines.samples import all_captions
 from softmoe_clip.data_pipelines.stats import count, num_tokens, spread
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -36,7 +38,7 @@ def mixed(tmp_path_factory):
     for number, (kind, data) in enumerate(pictures):
         members += [(f"{number}.{kind}", data), (f"{number}.txt", "\n".join(CAPTIONS[number:]).encode())]
     folder = tmp_path_factory.mktemp("mixed")
-    write(
+    write_tar(
         folder / "0.tar",
         [*members, ("cut.png", b"no picture"), ("cut.txt", b"unseen"), ("silent.png", encoded(scene(5)))],
     )
@@ -80,8 +82,9 @@ def test_a_padding_that_is_no_end_token_is_not_counted():
 
 
 def test_any_number_of_processes_counts_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(stats_module, "FEW", 0)
-    monkeypatch.setattr(stats_module, "CHUNK", 3)
+    monkeypatch.setattr(stats_module, "FEW_SAMPLES", 0)
+    monkeypatch.setattr(stats_module, "HELD", 3)
+    monkeypatch.setattr(tar_samples, "CHUNK", 3)
     pictures = [encoded(scene(seed).resize((20 + seed, 30))) for seed in range(11)]
     shards = write_set(tmp_path / "out", pictures, shard_size=5)
     one, two = (count(shards, jobs=jobs) for jobs in (1, 2))

@@ -18,7 +18,7 @@ import torch
 from few_samples import Letters, assert_same, batches, picture
 from PIL import Image
 
-from softmoe_clip.data_pipelines.loader import Draws, TrainBatches, eval_batches, train_batches
+from softmoe_clip.data_pipelines.loader import Draws, EvalBatches, TrainBatches, eval_batches, train_batches
 from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import RandomCrop
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
@@ -212,6 +212,26 @@ def test_everything_a_worker_needs_can_be_pickled(shards):
     again = pickle.loads(pickle.dumps(items))
     assert torch.equal(again[1].images, items[1].images)
     pickle.dumps(eval_transform({"size": 16}))
+
+
+class InShared:
+    """Whether the pictures of a batch lie in shared memory before the batch is sent to another process."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, number):
+        return self.items[number].images.is_shared()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_worker_stacks_pictures_in_shared_memory(shards, num_workers):
+    draws = Draws(shards, Mixture.of(0, shards.counts, shards.sources, 0), CROP, 0, "random", False)
+    for items in (TrainBatches(draws, Letters(), 0, 4, 4, 2), EvalBatches(shards, eval_transform({"size": 16}), 17)):
+        assert list(computed_in_order(InShared(items), num_workers)) == 2 * [num_workers == 1]
 
 
 class Dies:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softmoe_clip.data_pipelines.mixture import BLOCK, Mixture, Source
-from softmoe_clip.data_pipelines.order import WindowedOrder
+from softmoe_clip.data_pipelines.order import WindowedOrder, mixing
 
 WEIGHTS = st.floats(1e-3, 1e3)
 SOURCES = st.lists(st.tuples(st.lists(st.integers(10, 60), min_size=1, max_size=6), WEIGHTS), min_size=1, max_size=4)
@@ -96,3 +96,12 @@ def test_each_source_reads_in_windows_of_its_own_shards():
         first, second = mixture.windows_at(block * BLOCK)
         assert set(first.shards + first.following) <= set(range(6))
         assert set(second.shards + second.following) <= set(range(6, 13))
+
+
+def test_the_mixing_of_several_sources_is_that_of_the_worst():
+    alone = mixing(WindowedOrder(0, (500,) * 16, 2), 48, 20)
+    assert alone > 2
+    assert mixture_of([([500] * 16, 1)]).mixing(48) == alone
+    assert mixture_of([([500] * 16, 3), ([8000], 1)]).mixing(64) == alone, "a single shard is mixed as a whole"
+    assert mixture_of([([500] * 16, 1)], window=0).mixing(48) == 1
+    assert mixture_of([([5] * 3, 1)]).mixing(48) == 1, "a batch that holds more than a pass"

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from softmoe_clip.data_pipelines.check import check
 from softmoe_clip.data_pipelines.loader import eval_batches, train_batches
@@ -41,12 +41,11 @@ def raw(tmp_path_factory):
     """A shard with the files as they are, good and bad; a sample's key is its number in the manifest."""
     folder = tmp_path_factory.mktemp("raw")
     files = json.loads((ODD / "manifest.json").read_text("utf-8"))["files"]
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, file in enumerate(files):
-            for name, data in (("jpg", (ODD / file["file"]).read_bytes()), ("txt", file["what"].encode())):
-                info = tarfile.TarInfo(f"{number:05d}.{name}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    members = []
+    for number, file in enumerate(files):
+        members.append((f"{number:05d}.jpg", (ODD / file["file"]).read_bytes()))
+        members.append((f"{number:05d}.txt", file["what"].encode()))
+    write_tar(folder / "0.tar", members)
     return folder
 
 

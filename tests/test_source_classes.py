@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from tars import write_tar
 from test_sources import picture
 
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
@@ -172,22 +173,11 @@ def test_shards_are_taken_apart_with_captions_fields_and_bytes(tmp_path):
 
 
 def test_shards_of_img2dataset_and_of_clip_benchmark_are_sources_too(tmp_path):
-    import io
-    import tarfile
-
     data = picture(tmp_path / "x.jpg").read_bytes()
 
-    def write(path, members):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w") as tar:
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
     fields = {"url": "http://x", "caption": "a dog", "key": "000000003", "status": "success", "width": 8, "exif": "{}"}
-    members = {"000000003.jpg": data, "000000003.txt": b"a dog", "000000003.json": json.dumps(fields).encode()}
-    write(tmp_path / "img" / "00000.tar", members)
+    members = {"jpg": data, "txt": b"a dog", "json": json.dumps(fields).encode()}
+    write_tar(tmp_path / "img" / "00000.tar", [(f"000000003.{name}", data) for name, data in members.items()])
     (tmp_path / "img" / "00000.parquet").write_bytes(b"not read")
     (item,) = read_source(tmp_path / "img").items
     assert (item.name, item.captions, item.extra, item.read()) == (
@@ -196,7 +186,7 @@ def test_shards_of_img2dataset_and_of_clip_benchmark_are_sources_too(tmp_path):
         {"url": "http://x"},
         data,
     )
-    write(tmp_path / "wds" / "test" / "0.tar", {"s0.webp": data, "s0.cls": b"1", "s1.cls": b"0"})
+    write_tar(tmp_path / "wds" / "test" / "0.tar", [("s0.webp", data), ("s0.cls", b"1"), ("s1.cls", b"0")])
     (tmp_path / "wds" / "classnames.txt").write_text("tench\ngolf ball\n")
     source = read_source(tmp_path / "wds")
     assert source.classnames == ("tench", "golf ball")

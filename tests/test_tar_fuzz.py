@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softmoe_clip.data_pipelines.check import check
-from softmoe_clip.data_pipelines.sample_facts import index_or_reason
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.tar_samples import index_or_reason
 from softmoe_clip.data_pipelines.tar_walk import BLOCK
 
 MAX_SECONDS = 2  # a hang; an example takes about a millisecond

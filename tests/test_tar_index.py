@@ -7,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tars import write_tar
 
 from softmoe_clip.data_pipelines import tar_index
 from softmoe_clip.data_pipelines.tar_index import INDEX_NAME, ShardSet, load_index
 from softmoe_clip.data_pipelines.tar_walk import index_tar, split_name
-
-
-def write_tar(path, members, format=tarfile.USTAR_FORMAT, mtime=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), mtime
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def some_members(number, seed=0):

@@ -66,14 +66,18 @@ def test_captions_are_embedded_with_the_folders_weights_and_padding_is_masked(be
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def moved(bert, folder):
+    """Save a model, take its transformers folder away and move it; return it and where it is."""
+    shutil.copytree(bert, folder / "bert")
+    loaded = new_model(folder / "bert", folder)
+    save(loaded, folder / "model")
+    shutil.rmtree(folder / "bert")
+    return loaded, (folder / "model").rename(folder / "moved")
+
+
 def test_the_model_folder_can_be_moved_away_from_the_transformers_folder(bert, tmp_path):
-    copy = tmp_path / "bert"
-    shutil.copytree(bert, copy)
-    loaded = new_model(copy, tmp_path)
-    save(loaded, tmp_path / "model")
-    shutil.rmtree(copy)
-    (tmp_path / "model").rename(tmp_path / "moved")
-    again = load(tmp_path / "moved")
+    loaded, place = moved(bert, tmp_path)
+    again = load(place)
     assert torch.equal(embeddings(loaded), embeddings(again))
     assert torch.equal(loaded.tokenizer(CAPTIONS), again.tokenizer(CAPTIONS))
     save(again, tmp_path / "saved again")
@@ -121,13 +125,8 @@ def test_what_does_not_fit_is_one_sentence(bert, tmp_path, text_cfg, message):
 
 
 def test_the_summary_of_a_moved_folder_needs_no_transformers_folder(bert, tmp_path):
-    copy = tmp_path / "bert"
-    shutil.copytree(bert, copy)
-    loaded = new_model(copy, tmp_path)
-    save(loaded, tmp_path / "model")
-    shutil.rmtree(copy)
-    (tmp_path / "model").rename(tmp_path / "moved")
-    found = summary(str(tmp_path / "moved"))
+    loaded, place = moved(bert, tmp_path)
+    found = summary(str(place))
     assert found["parameters"] == sum(p.numel() for p in loaded.model.parameters())
     assert found["loads_with"] == "softmoe_clip.load"
 

@@ -1,12 +1,11 @@
 """Shards as a source: what img2dataset, CLIP_benchmark or `pack` itself wrote, taken apart again."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import captions_of, label_of, picture_extension, with_extension
+from softmoe_clip.data_pipelines.samples import captions_of, json_fields, label_of, picture_extension, with_extension
 from softmoe_clip.data_pipelines.shards import is_remote
 from softmoe_clip.data_pipelines.sources.class_folders import folders_of, has_pictures
 from softmoe_clip.data_pipelines.sources.items import (
@@ -86,7 +85,8 @@ def read_sample(
     members = {part.extensions[m]: m for m in range(part.starts[sample], part.starts[sample + 1])}
     texts = [(kind, members[kind]) for kind in dict.fromkeys(with_extension(members, TEXT_EXTENSIONS))]
     text = {kind: os.pread(tar.fileno(), int(part.sizes[m]), int(part.offsets[m])) for kind, m in texts}
-    extra, captions, label, picture, problem = fields_of(text), (), None, None, None
+    extra = {name: value for name, value in json_fields(text).items() if name not in RESERVED}
+    captions, label, picture, problem = (), None, None, None
     try:
         picture = members[picture_extension(members)]
         captions, label = clean(captions_of(text)), label_of(text)
@@ -99,16 +99,6 @@ def read_sample(
         read = PictureInTar(url, int(part.offsets[picture]), int(part.sizes[picture]))
     name = str(extra.get("file_name") or part.keys[sample])
     return SourceItem(name, Path(url), captions, split, extra, problem, label, read)
-
-
-def fields_of(text: dict[str, bytes]) -> dict[str, Any]:
-    """Return the fields of the .json that stay true after packing anew."""
-    found = with_extension(text, ("json",))
-    try:
-        fields = json.loads(text[found[0]] if found else b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return {name: value for name, value in fields.items() if name not in RESERVED} if isinstance(fields, dict) else {}
 
 
 def find_classnames(folder: Path) -> list[str]:

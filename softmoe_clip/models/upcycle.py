@@ -1,13 +1,14 @@
 """Make a Soft MoE model of a dense one: its image tower's MLPs become experts, all else stays as it was trained."""
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
@@ -54,10 +55,7 @@ def upcycle(
     A source `timm:NAME` is a ViT with timm's pretrained weights; the text tower beside it is new.
     Raises ValueError, one sentence, for what cannot be upcycled; then nothing is written.
     """
-    if mode not in (modes := get_args(Mode)):
-        raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
-    if mode == "centroids" and pictures is None:
-        raise ValueError("mode centroids looks at pictures: give some with --pictures")
+    check_mode(mode, pictures)
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
     loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
     loaded = with_config(loaded, source)
@@ -80,13 +78,23 @@ def upcycle(
     with torch.no_grad():
         done = {key: asdict(upcycle_tower(tower, moe, mode, 0, shown[key])) for key, tower in towers.items()}
     loaded.config["softmoe"] = written | done
-    cosines = map(torch.nn.functional.cosine_similarity, before, embedded(loaded, pairs, text))
-    changes = [
-        Change(each.mean().item(), each.min().item(), what)
-        for each, what in zip(cosines, pairs.described, strict=False)
-    ]
+    changed = changes(before, embedded(loaded, pairs, text), pairs.described)
     save(loaded, out)
-    return Upcycled(*changes)
+    return Upcycled(*changed)
+
+
+def changes(before: Sequence[Tensor], after: Sequence[Tensor], described: Sequence[str]) -> list[Change]:
+    """Compare the embeddings of each kind, row by row."""
+    cosines = map(torch.nn.functional.cosine_similarity, before, after)
+    return [Change(each.mean().item(), each.min().item(), what) for each, what in zip(cosines, described, strict=False)]
+
+
+def check_mode(mode: str, pictures: str | None) -> None:
+    """Refuse a mode that is unknown or has nothing to look at."""
+    if mode not in (modes := get_args(Mode)):
+        raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    if mode == "centroids" and pictures is None:
+        raise ValueError("mode centroids looks at pictures: give some with --pictures")
 
 
 def block_list(layers: str | list[int]) -> str | list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.new_folder import new_folder
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import picture_extension
+from softmoe_clip.data_pipelines.samples import json_fields, picture_extension
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 KINDS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
@@ -40,12 +40,7 @@ def embed(
     `model_name` is the MODEL that made the vectors, so that `search` can load it again. Nothing is left at OUT when the
     work is broken off; an OUT that already holds files is refused with a ValueError.
     """
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
-    if features not in ("embedding", "trunk") or dtype not in ("float32", "float16"):
-        raise ValueError(
-            f"--features must be embedding or trunk, --dtype float32 or float16; got {features!r} and {dtype!r}"
-        )
+    check_options(rows_per_file, dtype, features)
     shards = ShardSet.open(str(shards_pattern) if isinstance(shards_pattern, Path) else shards_pattern)
     with new_folder(Path(out)) as folder:
         for kind in kinds_of(features):
@@ -72,6 +67,16 @@ def embed(
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return EmbedReport(str(out), num_rows, width, skipped)
+
+
+def check_options(rows_per_file: int, dtype: str, features: str) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file must be at least 1, got {rows_per_file}")
+    if features not in ("embedding", "trunk") or dtype not in ("float32", "float16"):
+        raise ValueError(
+            f"--features must be embedding or trunk, --dtype float32 or float16; got {features!r} and {dtype!r}"
+        )
 
 
 def kinds_of(features: str) -> list[str]:
@@ -110,11 +115,8 @@ def describe(shards: ShardSet, sample: int, captions: tuple[str, ...]) -> dict:
     """The metadata of one row; `sample` is the place in the shard set where the picture can be read again."""
     raw = shards.read(sample)
     extension = picture_extension(raw.members)
-    try:
-        extra = json.loads(raw.members.get("json", b"{}"))
-    except ValueError:
-        extra = {}
-    size = {side: extra.get(side) if isinstance(extra, dict) else None for side in ("width", "height")}
+    extra = json_fields(raw.members)
+    size = {side: extra.get(side) for side in ("width", "height")}
     return {
         "image_path": f"{raw.shard}/{raw.key}.{extension}",
         "caption": captions[0] if captions else "",

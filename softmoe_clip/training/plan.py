@@ -7,6 +7,7 @@ from time import perf_counter
 import torch
 
 from softmoe_clip.config import TrainConfig
+from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.stream import Stream
 from softmoe_clip.data_pipelines.tar_index import ShardSet
@@ -52,6 +53,8 @@ def print_plan(config: TrainConfig) -> None:
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
     if len(shards):
         table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
+        mixture = Mixture.of(config.seed, shards.counts, shards.sources, config.data.window)
+        table.add_row("shards in a batch", f"{mixture.mixing(config.batch_size):.1f} x a full shuffle's variance")
     table.add_row("steps x batch", f"{config.last_step:,} x {config.batch_size:,}")
     table.add_row("pairs per second", f"{config.batch_size / seconds:,.0f}")
     table.add_row("expected time", duration(seconds * config.last_step))

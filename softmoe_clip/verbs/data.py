@@ -30,14 +30,7 @@ def pack(
     """
     from softmoe_clip.data_pipelines.pack import pack
     from softmoe_clip.data_pipelines.picture_bytes import Encoding
-    from softmoe_clip.eval.templates import fill, find_templates
-
-    prompts = None
-    if templates is not None:
-        found = find_templates(templates)
-
-        def prompts(classname: str) -> list[str]:
-            return [fill(template, classname) for template in found]
+    from softmoe_clip.eval.templates import prompts_of
 
     report = pack(
         source,
@@ -49,7 +42,7 @@ def pack(
         image_column=image_column,
         caption_columns=caption_column or (),
         root=root,
-        prompts=prompts,
+        prompts=None if templates is None else prompts_of(templates),
         num_workers=workers,
     )
     for name, count in report.counts.items():
