@@ -20,6 +20,7 @@ from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
+from softmoe_clip.training.duplicates import duplicates_of
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
@@ -117,7 +118,11 @@ def train(config: TrainConfig) -> Path:
                 images = normalise(batch.images.to(device, non_blocking=True), preprocess["mean"], preprocess["std"])
                 out = model(images, batch.token_ids.to(device, non_blocking=True))
             loss = loss_function(
-                out["image_features"].float(), out["text_features"].float(), out["logit_scale"], out.get("logit_bias")
+                out["image_features"].float(),
+                out["text_features"].float(),
+                out["logit_scale"],
+                out.get("logit_bias"),
+                duplicates_of(batch, config.duplicates, device),
             )
             aux_loss = routing.aux_loss().to(loss)
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()

@@ -15,6 +15,7 @@ from softmoe_clip.data_pipelines.train_set import batches_of, open_train
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
+from softmoe_clip.training.duplicates import duplicates_of
 from softmoe_clip.training.freeze import in_words, train_mode
 from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
@@ -86,7 +87,8 @@ def timed_steps(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32"):
             out = model(images, batch.token_ids.to(device))
         features = out["image_features"].float(), out["text_features"].float()
-        LOSSES[config.loss](*features, out["logit_scale"], out.get("logit_bias")).backward()
+        duplicates = duplicates_of(batch, config.duplicates, device)
+        LOSSES[config.loss](*features, out["logit_scale"], out.get("logit_bias"), duplicates).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
