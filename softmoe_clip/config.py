@@ -191,6 +191,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     loss: Literal["clip", "siglip"] = "siglip"
     batch_size: int = 256  # global: all processes together
+    chunk_size: int | None = None  # pairs a process runs through its towers at once; None: all of its part of the batch
     steps: int | None = None
     samples: int | None = None
     seed: int = 0
@@ -209,6 +210,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be at least 2, since a contrastive loss compares pairs; got {self.batch_size}"
             )
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size counts pairs from 1, got {self.chunk_size}: leave it out for no chunks")
         if self.last_step < 1:
             raise ValueError(f"the budget holds no step: samples={self.samples} with batch_size={self.batch_size}")
         if self.seed < 0:
@@ -228,6 +231,7 @@ MAY_CHANGE_AT_RESUME = (
     "out",
     "steps",
     "samples",
+    "chunk_size",
     "log_every",
     "checkpoint_every",
     "keep_last",
