@@ -107,7 +107,7 @@ def draw_by_position(model: nn.Module) -> list[str]:
             module.draw_noise = NoiseByPosition(key)
         elif (drawn := by_position(module, key)) is not None:
             around, _, own = name.rpartition(".")
-            setattr(model.get_submodule(around), own, drawn)
+            setattr(model.get_submodule(around), own, drawn.train(module.training))
     return off
 
 
