@@ -15,7 +15,7 @@ from softmoe_clip.data_pipelines.ledger import Replacement
 from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.read_ahead import ReadAhead
-from softmoe_clip.data_pipelines.samples import BadSample, Pair, read_pair
+from softmoe_clip.data_pipelines.samples import BadSample, Pair, content_id, read_pair
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer
 from softmoe_clip.data_pipelines.workers import computed_in_order
@@ -28,6 +28,8 @@ class Batch(NamedTuple):
 
     images: UInt8[Tensor, "b 3 y x"] | Float[Tensor, "b 3 y x"] | Float[Tensor, "b d"]  # see `pictures`
     token_ids: Int64[Tensor, "b l"]
+    caption_ids: Int64[Tensor, " b"]  # the same for the same caption
+    picture_ids: Int64[Tensor, " b"]  # the same for the same file
     keys: list[str]
     captions: list[str]
     positions: list[int]
@@ -40,6 +42,7 @@ class Example(NamedTuple):
     image: Tensor
     caption: str
     key: str
+    picture_id: int
     replaced: list[Replacement]
 
 
@@ -101,6 +104,8 @@ class TrainBatches:
         return Batch(
             images=torch.stack([example.image for example in examples]),
             token_ids=self.tokenizer(captions),
+            caption_ids=torch.tensor([content_id(caption) for caption in captions]),
+            picture_ids=torch.tensor([example.picture_id for example in examples]),
             keys=[example.key for example in examples],
             captions=captions,
             positions=positions,
@@ -130,9 +135,9 @@ class Draws:
         bad: list[BadSample] = []
         while True:
             try:
-                image, caption = self.picture_and_caption(position, sample, raw)
+                image, caption, picture_id = self.picture_and_caption(position, sample, raw)
                 replaced = [Replacement(position, b.key, b.shard, b.reason, raw.key) for b in bad]
-                return Example(image, caption, raw.key, replaced)
+                return Example(image, caption, raw.key, picture_id, replaced)
             except BadSample as error:
                 bad.append(error)
             if len(bad) > MAX_SUBSTITUTES:
@@ -143,14 +148,14 @@ class Draws:
             sample = self.order.substitute_at(position, len(bad) - 1)
             raw = self.shards.read(sample)
 
-    def picture_and_caption(self, position: int, sample: int, raw: RawSample) -> tuple[Tensor, str]:
-        """Draw from a generator of this position alone, the caption first, then the crop."""
+    def picture_and_caption(self, position: int, sample: int, raw: RawSample) -> tuple[Tensor, str, int]:
+        """Draw from a generator of this position alone, the caption first, then the crop; and the picture's id."""
         pair = captioned(raw)
         rng = np.random.default_rng([self.seed, position])
         captions = self.captions_of_another(pair, rng) if self.shuffle_captions else pair.captions
         caption = captions[rng.integers(len(captions))] if self.caption == "random" else captions[0]
         try:
-            return self.picture(pair.image, sample, rng), caption
+            return self.picture(pair.image, sample, rng), caption, content_id(pair.image)
         except ValueError as error:
             raise BadSample(pair.key, pair.shard, str(error)) from None
 

@@ -1,5 +1,6 @@
 """From the raw bytes of one key to a pair, an encoded picture and its captions; or a BadSample that says why not."""
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -44,6 +45,13 @@ def read_pair(raw: RawSample) -> Pair:
     except ValueError as error:
         raise BadSample(raw.key, raw.shard, str(error)) from None
     return Pair(raw.key, raw.shard, image, captions, label)
+
+
+def content_id(content: bytes | str) -> int:
+    """Return the first 64 bits of a hash as a signed number: the same for the same bytes, or text without its margins."""
+    # JSON can hold half a surrogate pair, which is no UTF-8.
+    data = content.strip().encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def all_captions(shards: ShardSet) -> Iterator[str]:

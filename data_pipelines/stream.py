@@ -15,7 +15,7 @@ import torch
 from softmoe_clip.data_pipelines.ledger import Replacement
 from softmoe_clip.data_pipelines.loader import Batch, Example, captioned
 from softmoe_clip.data_pipelines.pictures import Picture
-from softmoe_clip.data_pipelines.samples import BadSample, Pair
+from softmoe_clip.data_pipelines.samples import BadSample, Pair, content_id
 from softmoe_clip.data_pipelines.tar_index import RawSample
 from softmoe_clip.data_pipelines.tokenizers import Tokenizer
 from softmoe_clip.data_pipelines.workers import computed_in_order
@@ -114,6 +114,8 @@ class StreamBatches:
         return Batch(
             images=torch.stack([example.image for example in examples]),
             token_ids=self.tokenizer(captions),
+            caption_ids=torch.tensor([content_id(caption) for caption in captions]),
+            picture_ids=torch.tensor([example.picture_id for example in examples]),
             keys=[example.key for example in examples],
             captions=captions,
             positions=positions,
@@ -138,7 +140,7 @@ class StreamBatches:
                     ) from None
                 continue
             replaced = [Replacement(position, b.key, b.shard, b.reason, raw.key) for b in bad]
-            return Example(image, drawn, raw.key, replaced)
+            return Example(image, drawn, raw.key, content_id(pair.image), replaced)
         raise AssertionError("streams begin again at their end")
 
 

@@ -190,6 +190,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     loss: Literal["clip", "siglip"] = "siglip"
+    # what pairs of one global batch are to each other that have the same caption or the same picture
+    duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     batch_size: int = 256  # global: all processes together
     chunk_size: int | None = None  # pairs a process runs through its towers at once; None: all of its part of the batch
     steps: int | None = None

@@ -1,56 +1,26 @@
 """Contrastive losses: open_clip's values and gradients, a loop over all pairs, and one process equal to two."""
 
-import math
+import multiprocessing
 
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
+from loss_oracle import (
+    CASES,
+    COUNT_AS,
+    LOOPS,
+    NUM_PAIRS,
+    alike,
+    draws,
+    duplicates,
+    one_of_several,
+    value_and_gradients,
+)
 from open_clip.loss import SigLipLoss
-from torch import nn
 
-from softmoe_clip.training.distributed import alone, any_process, gather_with_grad, over_processes
+from softmoe_clip.training import losses
+from softmoe_clip.training.duplicates import Duplicates
 from softmoe_clip.training.losses import LOSSES, clip_loss, siglip_loss
-
-NUM_PAIRS, WIDTH = 6, 5
-
-
-def draws(dtype=torch.float64):
-    """Unit vectors of pictures and texts, a scale and a bias, all of which want a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    image, text = (
-        nn.functional.normalize(torch.randn(NUM_PAIRS, WIDTH, generator=generator, dtype=dtype), dim=-1)
-        for _ in range(2)
-    )
-    return [t.requires_grad_() for t in (image, text, torch.tensor(7.0, dtype=dtype), torch.tensor(-3.0, dtype=dtype))]
-
-
-def value_and_gradients(loss, *inputs):
-    value = loss(*inputs)
-    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-    return value, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
-
-
-def clip_by_a_loop(image, text, scale, bias):
-    scores = [[scale * (a * b).sum() for b in text] for a in image]
-    total = 0
-    for i in range(len(image)):
-        row = sum(math.exp(scores[i][j]) for j in range(len(text)))
-        column = sum(math.exp(scores[j][i]) for j in range(len(image)))
-        total += math.log(row) - scores[i][i] + math.log(column) - scores[i][i]
-    return total / (2 * len(image))
-
-
-def siglip_by_a_loop(image, text, scale, bias):
-    total = 0
-    for i, a in enumerate(image):
-        for j, b in enumerate(text):
-            score = scale * (a * b).sum() + bias
-            total += math.log1p(math.exp(-score if i == j else score))
-    return total / len(image)
-
-
-LOOPS = {"clip": clip_by_a_loop, "siglip": siglip_by_a_loop}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -88,44 +58,95 @@ def test_pairs_that_match_lose_less_than_pairs_that_do_not(name):
     assert LOSSES[name](image, image, scale, bias) < LOSSES[name](image, image.roll(1, 0), scale, bias)
 
 
-def test_two_processes_compute_what_one_computes(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    for name in LOSSES:
-        value, gradients = value_and_gradients(LOSSES[name], *draws())
-        ranks = [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
-        for found in ranks:
-            torch.testing.assert_close(found["value"], value.detach(), rtol=1e-12, atol=0)
-            assert found["gathered"] == [0.0, 1.0]
-            assert found["any"] == [False, True]
-            assert found["alone"] == pytest.approx(float(found["half"]), rel=1e-12)
+@pytest.mark.parametrize("count_as", COUNT_AS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_duplicates_count_as_a_loop_over_all_pairs_says(name, count_as):
+    inputs = [t.detach() for t in draws()]
+    found = LOSSES[name](*inputs, duplicates=duplicates(count_as)).item()
+    assert found == pytest.approx(LOOPS[name](*inputs, count_as), rel=1e-12)
+
+
+def test_pairs_that_are_all_different_lose_the_same_however_duplicates_count():
+    different = torch.arange(NUM_PAIRS)
+    for name, loss in LOSSES.items():
+        for count_as in ("positives", "masked"):
+            found = value_and_gradients(loss, *draws(), duplicates=Duplicates(count_as, different, different))
+            assert_same(found, value_and_gradients(LOSSES[name], *draws()))
+
+
+def both(self, first, num_rows):
+    rows = slice(first, first + num_rows)
+    return (self.caption_ids[rows, None] == self.caption_ids) & (self.picture_ids[rows, None] == self.picture_ids)
+
+
+def captions_alone(self, first, num_rows):
+    return self.caption_ids[first : first + num_rows, None] == self.caption_ids
+
+
+def softmax_over_the_wrong_axis(logits, targets):
+    if targets.is_floating_point():
+        targets = (targets > 0).to(logits) / (targets > 0).sum(0, keepdim=True)  # by column, not by row
+        return -(targets * logits.log_softmax(1)).sum(1).mean()
+    return -logits.log_softmax(0)[range(len(logits)), targets].mean()
+
+
+MUTANTS = {
+    "both": (Duplicates, "alike", both),
+    "captions alone": (Duplicates, "alike", captions_alone),
+    "wrong axis": (losses.F, "cross_entropy", softmax_over_the_wrong_axis),
+    "itself masked": (Duplicates, "alike", lambda self, first, n: torch.eye(NUM_PAIRS).bool()[first : first + n]),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_loops_over_all_pairs_catch_mutants(mutant, monkeypatch):
+    assert alike(1, 3) and alike(1, 4) and not alike(3, 4)  # else sums over rows and columns would be the same
+    monkeypatch.setattr(*MUTANTS[mutant])
+    for count_as in ("positives", "masked"):
+        inputs = [t.detach() for t in draws()]
+        found = clip_loss(*inputs, duplicates=duplicates(count_as)).item()
+        assert found != pytest.approx(LOOPS["clip"](*inputs, count_as), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_compute_what_one_computes(tmp_path, num_processes):
+    ranks = in_processes(num_processes, tmp_path)
+    for rank, found in enumerate(ranks):
+        assert found["gathered"] == [float(number) for number in range(num_processes)]
+        assert found["any"] == [False, True]
+        if num_processes == 2:
+            assert_alone_is_a_part(found, rank, NUM_PAIRS // 2)
+    for name, count_as, chunk_size in CASES:
+        expected = value_and_gradients(LOSSES[name], *draws(), duplicates=duplicates(count_as))
+        found = [rank[f"{name} {count_as} {chunk_size}"] for rank in ranks]
+        collectives = found[0]["calls"]
+        assert collectives.count("all_reduce") == {"clip": 2, "siglip": 1}[name]
         # DDP averages over processes what each of them computes for the parameters; so does this for the features.
-        features = [torch.cat([r["gradients"][i] for r in ranks]) / 2 for i in range(2)]
-        scalars = [sum(r["gradients"][i] for r in ranks) / 2 for i in (2, 3)]
-        for found, expected in zip(features + scalars, gradients, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        features = [torch.cat([f["gradients"][i] for f in found]) / num_processes for i in range(2)]
+        scalars = [sum(f["gradients"][i] for f in found) / num_processes for i in (2, 3)]
+        for f in found:
+            assert f["calls"] == collectives
+            assert_same((f["value"], features + scalars), (expected[0].detach(), expected[1]))
 
 
-def one_of_two(rank, folder):
-    """Compute both losses on half of the pairs, in a process of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        assert dist.get_world_size() == 2
-        for name, loss in LOSSES.items():
-            image, text, scale, bias = draws()
-            half = slice(rank * NUM_PAIRS // 2, (rank + 1) * NUM_PAIRS // 2)
-            inputs = [image[half].detach().requires_grad_(), text[half].detach().requires_grad_(), scale, bias]
-            value, gradients = value_and_gradients(loss, *inputs)
-            with alone():
-                by_itself = loss(*inputs).item()
-            found = {
-                "value": over_processes(value, "mean"),
-                "gradients": gradients,
-                "gathered": gather_with_grad(torch.tensor([float(rank)])).tolist(),
-                "any": [any_process(False, value.device), any_process(rank == 1, value.device)],
-                "alone": by_itself,
-                "half": float(LOOPS[name](*(t.detach() for t in inputs))),
-            }
-            torch.save(found, f"{folder}/{name}{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def in_processes(num_processes, folder):
+    """Compute every case in several processes; imports are paid once, by the server that they are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["loss_oracle"])
+    arguments = [(rank, num_processes, str(folder)) for rank in range(num_processes)]
+    processes = [context.Process(target=one_of_several, args=a, daemon=True) for a in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_processes)]
+
+
+def assert_alone_is_a_part(found, rank, size):
+    part = slice(rank * size, (rank + 1) * size)
+    image, text, *scalars = (t.detach() for t in draws())
+    for name, count_as, chunk_size in CASES:
+        if count_as == "negatives":
+            expected = LOOPS[name](image[part], text[part], *scalars)
+            assert found[f"{name} {count_as} {chunk_size}"]["alone"] == pytest.approx(float(expected), rel=1e-12)

@@ -58,6 +58,8 @@ def batch_of(image_size, dtype=torch.float64):
     return Batch(
         images=images,
         token_ids=torch.randint(1, 20, (NUM_PAIRS, 5), generator=generator),
+        caption_ids=torch.arange(NUM_PAIRS) % 7,
+        picture_ids=torch.arange(NUM_PAIRS) % 8,
         keys=[f"{number:09d}" for number in range(NUM_PAIRS)],
         captions=[""] * NUM_PAIRS,
         positions=list(range(100, 100 + NUM_PAIRS)),
@@ -65,11 +67,11 @@ def batch_of(image_size, dtype=torch.float64):
     )
 
 
-def outcome(model, batch, loss, chunk_size, towers=None):
+def outcome(model, batch, loss, chunk_size, towers=None, duplicates="negatives"):
     """The losses of a step, its routing statistics and the gradients of everything."""
     towers = towers or model
     towers.zero_grad(set_to_none=True)
-    stepper = Stepper(model, towers, LOSSES[loss], PREPROCESS, torch.device("cpu"), 3, chunk_size)
+    stepper = Stepper(model, towers, LOSSES[loss], PREPROCESS, torch.device("cpu"), 3, duplicates, chunk_size)
     done = stepper.forward_backward(batch, statistics=True)
     return done, {name: p.grad.clone() for name, p in towers.named_parameters() if p.grad is not None}
 
@@ -98,6 +100,15 @@ def test_chunks_give_the_gradients_of_the_whole_batch(tmp_path, loss, vision, mo
         assert_same_step(outcome(model, batch, loss, chunk_size), whole)
     shifted = outcome(model, batch._replace(positions=list(range(NUM_PAIRS))), loss, None)
     assert abs(shifted[0].loss - whole[0].loss) > 1e-6  # there are masks, and they depend on positions
+
+
+@pytest.mark.parametrize("duplicates", ["positives", "masked"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_duplicates_are_found_across_chunks(tmp_path, loss, duplicates):
+    model, batch = ready(model_of(tmp_path, NATIVE, None, loss)), batch_of(16)
+    whole = outcome(model, batch, loss, None, duplicates=duplicates)
+    assert_same_step(outcome(model, batch, loss, 3, duplicates=duplicates), whole)
+    assert abs(whole[0].loss - outcome(model, batch, loss, None)[0].loss) > 1e-3
 
 
 def test_routing_statistics_come_from_one_pass(tmp_path):
@@ -190,7 +201,7 @@ def test_a_scaled_backward_scales_every_gradient_once(tmp_path):
     model, batch = ready(model_of(tmp_path, NATIVE, NOISY, "siglip")), batch_of(16)
     whole = outcome(model, batch, "siglip", None)[1]
     model.zero_grad(set_to_none=True)
-    arguments = model, model, LOSSES["siglip"], PREPROCESS, torch.device("cpu"), 3, 4
+    arguments = model, model, LOSSES["siglip"], PREPROCESS, torch.device("cpu"), 3, "negatives", 4
     Stepper(*arguments, backward=lambda loss: (1024 * loss).backward()).forward_backward(batch)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, 1024 * whole[name], rtol=1e-10, atol=1e-7, msg=name)
@@ -211,7 +222,7 @@ def test_gradients_cross_processes_only_in_the_last_chunk(tmp_path):
         passes.append(bool(inside))
         loss.backward()
 
-    arguments = model, model, LOSSES["clip"], PREPROCESS, torch.device("cpu"), 3, 3
+    arguments = model, model, LOSSES["clip"], PREPROCESS, torch.device("cpu"), 3, "negatives", 3
     Stepper(*arguments, backward=backward, no_sync=NoSync).forward_backward(batch)
     assert passes == [True, True, True, False]
 

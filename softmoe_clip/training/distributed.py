@@ -63,14 +63,21 @@ def local_offset(num_local: int) -> int:
     return dist.get_rank() * num_local if world_size() > 1 else 0
 
 
+def gather(local: Tensor) -> Tensor:
+    """Return the rows of all processes, in rank order, without gradient; every process must hold equally many."""
+    if world_size() == 1:
+        return local.detach()
+    everyone = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(everyone, local.contiguous())
+    return everyone
+
+
 class _GatherWithGrad(torch.autograd.Function):
     """All-gather whose backward sums what every process wants of a row; `accelerator.gather` drops gradients."""
 
     @staticmethod
     def forward(ctx, local: Tensor) -> Tensor:
-        everyone = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(everyone, local.contiguous())
-        return everyone
+        return gather(local)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def train(config: TrainConfig) -> Path:
         loaded.preprocess_cfg,
         device,
         config.seed,
+        config.duplicates,
         config.chunk_size,
         accelerator.backward,
         partial(accelerator.no_sync, model),

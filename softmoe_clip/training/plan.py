@@ -70,7 +70,8 @@ def timed_steps(
     train_mode(model)
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32")(model.forward)
     loss = LOSSES[config.loss]
-    stepper = Stepper(model, towers, loss, loaded.preprocess_cfg, device, config.seed, config.chunk_size)
+    settings = config.seed, config.duplicates, config.chunk_size
+    stepper = Stepper(model, towers, loss, loaded.preprocess_cfg, device, *settings)
     optimizer = adamw(towers, config.optim)
     batches = batches_of(shards)(
         shards,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.stats import CollectedRouting, collect_routing
 from softmoe_clip.training.draws import drawing
+from softmoe_clip.training.duplicates import duplicates_of
 from softmoe_clip.training.masks import no_hidden_draws
 
 
@@ -47,6 +48,7 @@ class Stepper:
     preprocess: dict
     device: torch.device
     seed: int
+    duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     chunk_size: int | None = None
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     no_sync: Callable[[], AbstractContextManager] = nullcontext
@@ -134,7 +136,7 @@ class Stepper:
 
     def loss(self, batch: Batch, embedded: Embedded) -> Float[Tensor, ""]:
         """Compare the pairs of this process with all pairs of the global batch."""
-        return self.loss_function(*embedded)
+        return self.loss_function(*embedded, duplicates_of(batch, self.duplicates, self.device), self.chunk_size)
 
     def drawing(self, batch: Batch, rows: slice) -> AbstractContextManager:
         """Let masks depend on the positions of these rows."""
