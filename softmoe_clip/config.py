@@ -193,6 +193,7 @@ class TrainConfig:
     # what pairs of one global batch are to each other that have the same caption or the same picture
     duplicates: Literal["negatives", "positives", "masked"] = "negatives"
     batch_size: int = 256  # global: all processes together
+    chunk_size: int | None = None  # pairs a process runs through its towers at once; None: all of its part of the batch
     steps: int | None = None
     samples: int | None = None
     seed: int = 0
@@ -211,6 +212,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be at least 2, since a contrastive loss compares pairs; got {self.batch_size}"
             )
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size counts pairs from 1, got {self.chunk_size}: leave it out for no chunks")
         if self.last_step < 1:
             raise ValueError(f"the budget holds no step: samples={self.samples} with batch_size={self.batch_size}")
         if self.seed < 0:
@@ -230,6 +233,7 @@ MAY_CHANGE_AT_RESUME = (
     "out",
     "steps",
     "samples",
+    "chunk_size",
     "log_every",
     "checkpoint_every",
     "keep_last",

@@ -17,7 +17,6 @@ from softmoe_clip.training.loop import (
     Stopped,
     check_batch_size,
     every,
-    seed_step,
     stop_signals,
     train,
 )
@@ -269,15 +268,6 @@ def test_bfloat16_trains_too(tiny_config):
 def test_every_counts_steps_and_always_meets_the_last():
     assert [step for step in range(1, 11) if every(4, step, 10)] == [4, 8, 10]
     assert [step for step in range(1, 11) if every(0, step, 10)] == [10]
-
-
-def test_draws_depend_on_seed_step_and_process_alone():
-    def draw(*place):
-        seed_step(*place)
-        return torch.rand(()).item()
-
-    assert draw(0, 1, 0) == draw(0, 1, 0)
-    assert len({draw(s, t, r) for s in (0, 1) for t in (1, 2) for r in (0, 1)}) == 8
 
 
 def test_progress_counts_what_was_done_before(monkeypatch, capsys):

@@ -30,11 +30,13 @@ class FromFeatures(nn.Module):
         super().__init__()
         self.towers = towers
 
-    def forward(self, features: Float[Tensor, "b d"], token_ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
-        """Head, text tower, both normalised, and the scale."""
+    def forward(
+        self, features: Float[Tensor, "b d"] | None, token_ids: Int64[Tensor, "b l"] | None
+    ) -> dict[str, Tensor | None]:
+        """Head, text tower, both normalised, and the scale; None of a side that is not given."""
         out = {
-            "image_features": F.normalize(head(self.towers, features), dim=-1),
-            "text_features": self.towers.encode_text(token_ids, normalize=True),
+            "image_features": None if features is None else F.normalize(head(self.towers, features), dim=-1),
+            "text_features": None if token_ids is None else self.towers.encode_text(token_ids, normalize=True),
             "logit_scale": self.towers.logit_scale.exp(),
         }
         return out if self.towers.logit_bias is None else out | {"logit_bias": self.towers.logit_bias}

@@ -28,6 +28,7 @@ class SparseMoE(nn.Module):
     """A layer whose experts take whole tokens; `choose` says which. The weight of a choice is its gate, unscaled."""
 
     top_k = 1  # choices a token makes; Tokens Choice sets its own
+    draw_noise = staticmethod(torch.randn_like)  # from torch's own generator; a training run sets another
 
     def __init__(
         self,
@@ -52,12 +53,12 @@ class SparseMoE(nn.Module):
     def route(self, tokens: Float[Tensor, "b n d"], noise: Float[Tensor, "_ _ e"] | None = None) -> SparseRouting:
         """Let tokens and experts find each other, in float32 at least.
 
-        `noise` is standard normal, one number for each token and expert; in training it is drawn from torch's own
-        generator, which the training loop seeds for each step. In evaluation there is none unless it is given.
+        `noise` is standard normal, one number for each token and expert; in training `draw_noise` draws it. In
+        evaluation there is none unless it is given.
         """
         logits = self.logits(self.grouped(tokens))
         if noise is None and self.training and self.noise_std > 0:
-            noise = torch.randn_like(logits)
+            noise = self.draw_noise(logits)
         noisy = logits
         if noise is not None and self.noise_std > 0:
             noisy = logits + noise.to(logits).reshape(logits.shape) * (self.noise_std / logits.shape[2])

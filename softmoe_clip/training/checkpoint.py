@@ -1,6 +1,6 @@
 """Everything that makes the next step the same, written so that a kill at any moment leaves only whole checkpoints.
 
-Dropout and the like draw from a generator seeded by (seed, step), so that no random state needs saving.
+Dropout and the like draw from (seed, position), so that no random state needs saving.
 """
 
 import json

@@ -4,30 +4,29 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
-from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
-from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
-from softmoe_clip.training.duplicates import duplicates_of
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
+from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
 from softmoe_clip.training.run_folder import begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
+from softmoe_clip.training.step import Stepper, check_chunk_size
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
 
@@ -55,6 +54,8 @@ def train(config: TrainConfig) -> Path:
     learning_rate = schedule(config.optim, config.last_step)
     loaded = build(config)
     picture = run_picture(config, loaded, shards)
+    check_chunk_size(config.chunk_size, loaded.model)
+    turned_off = draw_by_position(loaded.model)
     towers = loaded.model.to(device)
     optimizer = adamw(towers, config.optim)
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
@@ -63,7 +64,18 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
     model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
-    loss_function = LOSSES[config.loss]
+    stepper = Stepper(
+        model,
+        towers,
+        LOSSES[config.loss],
+        loaded.preprocess_cfg,
+        device,
+        config.seed,
+        config.duplicates,
+        config.chunk_size,
+        accelerator.backward,
+        partial(accelerator.no_sync, model),
+    )
     log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0
     if is_main:
@@ -71,7 +83,7 @@ def train(config: TrainConfig) -> Path:
         num_replaced = len(read_ledger(ledger))
         pairs = f"{len(shards):,}" if len(shards) else "streamed"
         say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
-        for line in statement(shards):
+        for line in (*statement(shards), *turned_off):
             say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
@@ -87,7 +99,6 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
-    preprocess = loaded.preprocess_cfg
     batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
@@ -110,24 +121,12 @@ def train(config: TrainConfig) -> Path:
         for batch in batches:
             step = done.step + 1
             reports = every(config.log_every, step, config.last_step)
-            seed_step(config.seed, step, accelerator.process_index)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done.step)
 
-            with collect_routing(statistics=reports) as routing:
-                images = normalise(batch.images.to(device, non_blocking=True), preprocess["mean"], preprocess["std"])
-                out = model(images, batch.token_ids.to(device, non_blocking=True))
-            loss = loss_function(
-                out["image_features"].float(),
-                out["text_features"].float(),
-                out["logit_scale"],
-                out.get("logit_bias"),
-                duplicates_of(batch, config.duplicates, device),
-            )
-            aux_loss = routing.aux_loss().to(loss)
+            loss, aux_loss, routing = stepper.forward_backward(batch, statistics=reports)
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
             check_finite("loss", loss_value + aux_value, step, batch.keys)
-            accelerator.backward(loss + aux_loss)
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
             if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
                 check_finite("gradient norm", float(gradient_norm), step, batch.keys)
@@ -199,11 +198,6 @@ def check_finite(what: str, value: float, step: int, keys: list[str]) -> None:
     """Stop before weights that are no numbers reach a checkpoint."""
     if not math.isfinite(value):
         raise ValueError(f"{what} is {value} at step {step}, sample keys {' '.join(keys)}: lower optim.lr")
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make dropout and the like a function of (seed, step, process), so that a resumed run draws the same."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 @contextmanager

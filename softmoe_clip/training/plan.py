@@ -12,14 +12,14 @@ from softmoe_clip.data_pipelines.pictures import Picture
 from softmoe_clip.data_pipelines.stream import Stream
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train
-from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.duplicates import duplicates_of
 from softmoe_clip.training.freeze import in_words, train_mode
 from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
+from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.step import Stepper, check_chunk_size
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 
@@ -66,9 +66,15 @@ def timed_steps(
     config: TrainConfig, loaded, shards: ShardSet | Stream, picture: Picture, device: torch.device
 ) -> tuple[float, int]:
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
-    towers, preprocess = loaded.model.to(device), loaded.preprocess_cfg
+    check_chunk_size(config.chunk_size, loaded.model)
+    draw_by_position(loaded.model)
+    towers = loaded.model.to(device)
     model = run_towers(config, towers)
     train_mode(model)
+    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32")(model.forward)
+    loss = LOSSES[config.loss]
+    settings = config.seed, config.duplicates, config.chunk_size
+    stepper = Stepper(model, towers, loss, loaded.preprocess_cfg, device, *settings)
     optimizer = adamw(towers, config.optim)
     batches = batches_of(shards)(
         shards,
@@ -83,12 +89,7 @@ def timed_steps(
     times = []
     begin = perf_counter()
     for batch in batches:
-        images = normalise(batch.images.to(device), preprocess["mean"], preprocess["std"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32"):
-            out = model(images, batch.token_ids.to(device))
-        features = out["image_features"].float(), out["text_features"].float()
-        duplicates = duplicates_of(batch, config.duplicates, device)
-        LOSSES[config.loss](*features, out["logit_scale"], out.get("logit_bias"), duplicates).backward()
+        stepper.forward_backward(batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
