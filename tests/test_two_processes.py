@@ -151,8 +151,7 @@ def test_a_signal_stops_both_processes_at_one_step(command, finish, tmp_path, pr
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     stops = re.findall(r"stopped after step (\d+) of 100000", (tmp_path / "stderr.txt").read_text())
-    assert len(stops) == 2
-    assert stops[0] == stops[1]
+    assert len(stops) == 1  # told by the main process alone
     step = int(stops[0])
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     finish(run, 1, f"steps={step + 2}")

@@ -1,12 +1,24 @@
 """The verbs that train."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and goes on when started again
+
+
+@contextmanager
+def exit_when_stopped() -> Iterator[None]:
+    """Give a run that was asked to stop, and has said so, an exit status of its own, the same in every process."""
+    from softmoe_clip.training.run_folder import Stopped
+
+    try:
+        yield
+    except Stopped:
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def demo(
@@ -22,7 +34,8 @@ def demo(
     tune_cpu_memory()
     from softmoe_clip.demo import demo
 
-    demo(data, out)
+    with exit_when_stopped():
+        demo(data, out)
 
 
 def train(
@@ -45,13 +58,10 @@ def train(
 
         print_plan(settings)
         return
-    from softmoe_clip.training.loop import Stopped, train
+    from softmoe_clip.training.loop import train
 
-    try:
+    with exit_when_stopped():
         train(settings)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()] = None):
