@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say if is_main else lambda text: None)
-    check_same_everywhere("the checkpoint after step", done.step, device)
+    check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
     model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
