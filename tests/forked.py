@@ -38,7 +38,7 @@ def _run(arguments: list[str], folder: Path, told: Path, environment: dict[str, 
     os.environ.update({"OMP_NUM_THREADS": "1", "SOFTMOE_CLIP_QUIET": "1", **CPU_MEMORY, **environment})
     torch.set_num_threads(1)
     sys.argv = ["softmoe-clip", *arguments]
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     set_limits(**limits)
     status = 1
     try:

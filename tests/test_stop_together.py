@@ -1,4 +1,4 @@
-"""Several processes of one run: a signal to any of them stops all at one step; the run goes on anywhere, with any number."""
+"""Several processes of one run: a signal to any of them stops all at one step; the run goes on anywhere."""
 
 import json
 import os

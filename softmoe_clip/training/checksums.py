@@ -16,12 +16,13 @@ def check_checksums(folder: Path) -> None:
     """Refuse a folder in which a file is missing or has other bytes; one without checksums is from before them."""
     if not (folder / CHECKSUMS).exists():
         return
-    lines = (folder / CHECKSUMS).read_text().splitlines()
-    if not lines:
-        raise ValueError(f"{CHECKSUMS} is empty")
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        if sha256(folder / name) != digest:
+    lines = (line.partition("  ") for line in (folder / CHECKSUMS).read_text().splitlines())
+    digests = {name: digest for digest, _, name in lines}
+    files = {file.name: file for file in folder.iterdir() if file.name != CHECKSUMS}
+    if other := sorted(files.keys() ^ digests.keys()):
+        raise ValueError(f"{other[0]} is not both there and in {CHECKSUMS}")
+    for name, file in files.items():
+        if sha256(file) != digests[name]:
             raise ValueError(f"{name} has other bytes than {CHECKSUMS} says")
 
 
