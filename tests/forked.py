@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 FORKSERVER = get_context("forkserver")
@@ -31,6 +31,7 @@ def _run(arguments: list[str], folder: Path, told: Path, environment: dict[str, 
     from softmoe_clip.cli import main
     from softmoe_clip.launch import CPU_MEMORY
 
+    set_start_method("fork", force=True)  # else the loader's workers would be started by a second server of their own
     os.setsid()
     os.chdir(folder)
     os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
