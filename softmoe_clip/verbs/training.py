@@ -45,9 +45,9 @@ def train(
 ):
     """Train a model, or go on exactly where its run stopped.
 
-    Ctrl-C or SIGTERM, in any process of the run: its state is saved, and the exit status is 75. (`accelerate launch` and
-    `torchrun` turn that into a status of 1 and a traceback of their own, and after a SIGTERM give the run 30 seconds
-    to save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT of them.)
+    Ctrl-C or SIGTERM, in any process of the run: its state is saved, and the exit status is 75. (`accelerate launch`
+    and `torchrun` make of that a status of 1 and a traceback of their own; after a SIGTERM they leave the run 30
+    seconds to save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT of them.)
 
     Example: softmoe-clip train configs/demo.yaml out=runs/a data.train=shards/train steps=500
     """
