@@ -181,7 +181,7 @@ class EvalConfig:
 class TrainConfig:
     """One run: what is trained, on what, how long, and where it is written."""
 
-    out: str
+    out: str  # a folder, or a URL that fsspec can write (s3://..., gs://...)
     model: ModelConfig
     data: DataConfig
     # open_clip: the one that the architecture names, else CLIP's BPE; or a folder of transformers' or of ours, or a
@@ -203,7 +203,9 @@ class TrainConfig:
     lora: LoraConfig | None = None  # low-rank adapters; a parameter that is not named there is then not trained either
     log_every: int = 10
     checkpoint_every: int = 200
-    keep_last: int = 2
+    keep_last: int = 2  # of the newest checkpoints
+    working_folder: str | None = None  # where a run at a URL is trained; None: a folder in this user's cache
+    keep_every: int = 0  # and for good each checkpoint at a multiple of so many steps; 0: none
 
     def __post_init__(self):
         if (self.steps is None) == (self.samples is None):
@@ -220,6 +222,16 @@ class TrainConfig:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every must be a multiple of checkpoint_every, got {self.keep_every} and {self.checkpoint_every}"
+            )
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every must be 0 or more, got {self.keep_every}")
+        if self.out.startswith(("http://", "https://")) or ("://" in self.out and "::" in self.out):
+            raise ValueError(f"out: {self.out} cannot be written: give a folder, or a URL such as s3://bucket/run")
+        if self.working_folder is not None and "://" not in self.out:
+            raise ValueError(f"working_folder is for a run at a URL, but out is the folder {self.out}: leave it out")
         check_expressions("freeze", self.freeze)
 
     @property
@@ -231,12 +243,14 @@ class TrainConfig:
 # What may change when a run goes on: how long, how fast, how often it reports. All else would make another run of it.
 MAY_CHANGE_AT_RESUME = (
     "out",
+    "working_folder",
     "steps",
     "samples",
     "chunk_size",
     "log_every",
     "checkpoint_every",
     "keep_last",
+    "keep_every",
     "eval",
     "data.num_workers",
     "data.cache",

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -42,13 +43,13 @@ def assert_equal(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def saved(folder, *steps, keep_last=10):
+def saved(folder, *steps, keep_last=10, keep_every=0):
     """Write checkpoints after these steps; return what the model held at each of them."""
     model, optimizer = a_model()
     states = {}
     for step in steps:
         learn(model, optimizer, 1, seed=step)
-        save_checkpoint(folder, model, optimizer, Progress(step, step * 8), keep_last)
+        save_checkpoint(folder, model, optimizer, Progress(step, step * 8), keep_last, keep_every)
         states[step] = weights(model)
     return states
 
@@ -97,6 +98,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name
     assert "\n" not in warnings[0]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
+def test_one_flipped_bit_is_found(tmp_path, name):
+    states = saved(tmp_path, 2, 4)
+    file = tmp_path / "step_00000004" / name
+    data = bytearray(file.read_bytes())
+    data[-2 if name == "progress.json" else -1] ^= 1  # a digit, or the last byte of a tensor: both can still be read
+    file.write_bytes(data)
+    model, optimizer = a_model(seed=1)
+    warnings = []
+    assert load_newest(tmp_path, model, optimizer, warnings.append) == Progress(2, 16)
+    assert_equal(weights(model), states[2])
+    assert warnings == [f"checkpoint {tmp_path}/step_00000004 is damaged ({name} has other bytes than SHA256SUMS says)"]
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-90])])
+def test_checksums_that_are_not_whole_are_damage_too(tmp_path, damage):
+    saved(tmp_path, 2, 4)
+    damage(tmp_path / "step_00000004/SHA256SUMS")
+    warnings = []
+    assert load_newest(tmp_path, *a_model(), warnings.append).step == 2
+    assert "step_00000004 is damaged" in warnings[0]
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_taken_as_it_is(tmp_path):
+    states = saved(tmp_path, 2)
+    (tmp_path / "step_00000002/SHA256SUMS").unlink()
+    model, optimizer = a_model(seed=1)
+    assert load_newest(tmp_path, model, optimizer, refuse_warnings).step == 2
+    assert_equal(weights(model), states[2])
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
+def test_people_can_check_a_checkpoint_themselves(tmp_path):
+    saved(tmp_path, 2)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "step_00000002", capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.count(b": OK") == 3
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):
     saved(tmp_path, 2, 4)
     for step in (2, 4):
@@ -114,6 +154,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_only_the_newest_checkpoints_stay(tmp_path):
     saved(tmp_path, 1, 2, 3, 4, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_some_checkpoints_stay_for_good(tmp_path):
+    saved(tmp_path, *range(1, 12), keep_last=2, keep_every=4)
+    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["04", "08", "10", "11"]
+
+
+def test_what_is_kept_for_good_must_be_written_at_all(tiny_config):
+    assert tiny_config("keep_every=4").keep_every == 4
+    for wrong in (["keep_every=3"], ["keep_every=4", "checkpoint_every=0"], ["keep_every=-2"]):
+        with pytest.raises(ValueError, match=r"keep_every must be (a multiple of checkpoint_every|0 or more), got"):
+            tiny_config(*wrong)
 
 
 def test_a_checkpoint_that_stands_there_already_is_replaced(tmp_path):

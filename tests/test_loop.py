@@ -12,6 +12,7 @@ from softmoe_clip.data_pipelines.ledger import read_ledger
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.training.checksums import write_checksums
 from softmoe_clip.training.loop import (
     MAX_LOGIT_SCALE,
     Stopped,
@@ -165,6 +166,7 @@ def spoil(run, value):
     weights = load_file(file)
     weights["visual.conv1.weight"][0, 0, 0, 0] = value
     save_file(weights, file)
+    write_checksums(file.parent)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_step_and_keys(tiny_config, scenes, tmp_path):

@@ -2,14 +2,16 @@
 
 import json
 import os
-import resource
+import random
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 
 import pytest
+from forked import start_verb
+
+from softmoe_clip.data_pipelines.ledger import read_ledger
+from softmoe_clip.data_pipelines.shard_writer import ShardWriter
+from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 pytestmark = pytest.mark.slow
 
@@ -18,42 +20,80 @@ SETTINGS = (f"steps={LAST_STEP}", "checkpoint_every=5", "data.num_workers=1")
 WEIGHTS = "model/open_clip_model.safetensors"
 
 
-@pytest.fixture
-def start(tiny_yaml, tmp_path, process_environment):
-    """Start `python -m softmoe_clip train` on a run, in a process group of its own; its stderr goes to stderr.txt."""
-    started = []
+@pytest.fixture(scope="module")
+def damaged_shards(scenes, tmp_path_factory):
+    """Twenty pictures, three of them without a caption."""
+    out = tmp_path_factory.mktemp("damaged") / "shards"
+    good = ShardSet.open(f"{scenes}/train")
+    with ShardWriter(out) as writer:
+        for number in range(20):
+            members = good.read(number).members
+            extension = "png" if "png" in members else "jpg"
+            captions = [] if number % 8 == 1 else members["txt"].decode().splitlines()
+            writer.add(members[extension], extension, captions)
+    return out
 
-    def begin(run, *overrides, largest_file=resource.RLIM_INFINITY):
-        command = [sys.executable, "-m", "softmoe_clip", "train", str(tiny_yaml), f"out={run}", *SETTINGS, *overrides]
-        with open(tmp_path / "stderr.txt", "w") as told:
-            process = subprocess.Popen(
-                command,
-                cwd=tmp_path,
-                env=process_environment,
-                stderr=told,
-                start_new_session=True,
-                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
-            )
+
+@pytest.fixture(scope="module")
+def begin(tiny_yaml, damaged_shards, tmp_path_factory):
+    """Start `softmoe-clip train` on a run, in a session of its own; its stderr goes to RUN.txt."""
+    folder, started = tmp_path_factory.mktemp("work"), []
+
+    def start(run, *overrides, **limits):
+        settings = (f"out={run}", f"data.train={damaged_shards}", *SETTINGS, *overrides)
+        process = start_verb(["train", tiny_yaml, *settings], folder, run.with_suffix(".txt"), **limits)
         started.append(process)
         return process
 
-    yield begin
+    yield start
     for process in started:
-        if process.poll() is None:
+        if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def whole(begin, tmp_path_factory):
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert ended(begin(run)) == 0, run.with_suffix(".txt").read_text()
+    assert steps(run) == [*range(1, LAST_STEP + 1)]
+    assert len(read_ledger(run / "skipped.jsonl")) > LAST_STEP / 2
+    return run
+
+
+def ended(process):
+    process.join(300)
+    return process.exitcode
 
 
 def wait_until(process, happened, seconds=300):
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None, "the run ended before the moment came"
+        assert process.is_alive(), "the run ended before the moment came"
         assert time.monotonic() < deadline, "the moment never came"
         time.sleep(0.0002)
 
 
+def metrics(run):
+    """The numbers of each line, without those that tell how fast it was."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+
+
 def steps(run):
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in metrics(run)]
+
+
+def assert_same_bits(run, whole):
+    files = [WEIGHTS, "skipped.jsonl", *(f"checkpoints/step_{step:08d}" for step in (145, 150))]
+    for name in files:
+        parts = [name] if (whole / name).is_file() else [f"{name}/{file.name}" for file in (whole / name).iterdir()]
+        for part in parts:
+            assert (run / part).read_bytes() == (whole / part).read_bytes(), part
+    assert metrics(run) == metrics(whole)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000145", "step_00000150"]
 
 
 def checkpoint_after(run, step):
@@ -64,9 +104,8 @@ def half_written(folder, pattern):
     return lambda: any(folder.glob(pattern))
 
 
-def test_kill_9_at_any_moment_changes_nothing(start, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert start(whole).wait() == 0
+def test_kill_9_at_any_moment_changes_nothing(begin, whole, tmp_path):
+    run = tmp_path / "run"
     moments = {
         "as the run begins": lambda: (run / "metrics.jsonl").exists(),
         "before the first checkpoint is whole": half_written(run / "checkpoints", ".step_*"),
@@ -77,54 +116,69 @@ def test_kill_9_at_any_moment_changes_nothing(start, tmp_path):
         "while a late checkpoint is written": half_written(run / "checkpoints", ".step_000001*"),
     }
     for moment, happened in moments.items():
-        process = start(run)
+        process = begin(run)
         wait_until(process, happened)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, moment
-    assert start(run).wait() == 0
-    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    assert steps(run) == steps(whole) == [*range(1, LAST_STEP + 1)]
-    left = sorted(path.name for path in run.iterdir())
-    assert left == sorted(path.name for path in whole.iterdir())
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000145", "step_00000150"]
+        assert ended(process) == -signal.SIGKILL, moment
+    assert ended(begin(run)) == 0
+    assert_same_bits(run, whole)
 
 
-def test_sigterm_and_ctrl_c_save_the_state_and_say_so_in_one_line(start, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert start(whole).wait() == 0
+def test_kill_9_at_ten_random_points_changes_nothing(begin, whole, tmp_path):
+    seed = int(os.environ.get("SOFTMOE_CLIP_TEST_SEED") or random.randrange(2**32))
+    print(f"SOFTMOE_CLIP_TEST_SEED={seed} repeats these points")  # shown when the test fails
+    draw, run, num_killed = random.Random(seed), tmp_path / "run", 0
+    for number in range(10):
+        if number % 2:  # at a random time
+            process = begin(run)
+            before = steps_so_far(run)
+            wait_until(process, lambda: steps_so_far(run) != before)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.5))
+            process.kill()
+        else:  # just before a random one of the operations that write checkpoints, models and logs
+            process = begin(run, dies_at=(str(run), draw.randint(1, 120)))
+        assert ended(process) in (-signal.SIGKILL, 0)
+        num_killed += process.exitcode != 0
+    assert num_killed >= 8
+    assert ended(begin(run)) == 0
+    assert_same_bits(run, whole)
+
+
+def test_sigterm_and_ctrl_c_save_the_state_and_say_so_in_one_line(begin, whole, tmp_path):
+    run = tmp_path / "run"
     going_on = 0
     for number, until in ((signal.SIGTERM, 23), (signal.SIGINT, 60)):
-        process = start(run)
+        process = begin(run)
         wait_until(process, lambda: (run / "metrics.jsonl").exists() and len(steps_so_far(run)) >= until)  # noqa: B023
         # Ctrl-C in a terminal reaches the loader's processes as well; a scheduler's SIGTERM only the one it started.
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        assert process.wait() == 75
-        told = (tmp_path / "stderr.txt").read_text().splitlines()
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert ended(process) == 75
+        told = run.with_suffix(".txt").read_text().splitlines()
         stopped_after = int(max((run / "checkpoints").glob("step_*")).name[5:])
         assert stopped_after >= until
         stop = f"stopped after step {stopped_after} of {LAST_STEP}; start the same command again to go on"
         assert told[-1] == stop
         assert told[1:-1] == ([f"going on after step {going_on} of {LAST_STEP}"] if going_on else [])
         going_on = stopped_after
-    assert start(run).wait() == 0
-    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    assert steps(run) == [*range(1, LAST_STEP + 1)]
+    assert ended(begin(run)) == 0
+    assert_same_bits(run, whole)
 
 
 def steps_so_far(run):
     """All whole lines; the last one may just be written."""
-    return (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    file = run / "metrics.jsonl"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
-def test_a_full_disk_stops_a_run_in_one_line_and_it_goes_on_afterwards(start, tmp_path):
+def test_a_full_disk_stops_a_run_in_one_line_and_it_goes_on_afterwards(begin, tmp_path):
     run, settings = tmp_path / "run", "optim.schedule=constant"
-    assert start(run, settings, "steps=10").wait() == 0
+    assert ended(begin(run, settings, "steps=10")) == 0
     before = (run / WEIGHTS).read_bytes()
-    assert start(run, settings, "steps=20", largest_file=len(before) // 2).wait() == 2
-    told = (tmp_path / "stderr.txt").read_text()
+    assert ended(begin(run, settings, "steps=20", largest_file=len(before) // 2)) == 2
+    told = run.with_suffix(".txt").read_text()
     assert told.splitlines()[-1].startswith("softmoe-clip: no space left while writing ")
     assert "Traceback" not in told
     assert (run / WEIGHTS).read_bytes() == before
     assert not list(run.glob("**/.*"))
-    assert start(run, settings, "steps=20").wait() == 0
+    assert ended(begin(run, settings, "steps=20")) == 0
     assert steps(run) == [*range(1, 21)]

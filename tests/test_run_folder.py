@@ -47,6 +47,7 @@ def test_a_run_begins_with_its_config_and_what_it_ran_on(run, tiny_config):
         "log_every=3",
         "checkpoint_every=5",
         "keep_last=1",
+        "keep_every=4",
         "eval.every=3",
         "eval.suite=configs/suites/scenes.yaml",
     ],
@@ -138,6 +139,22 @@ def test_another_number_of_threads_is_said(run, tiny_config, capsys):
     (run / "versions.json").write_text(json.dumps(facts | {"threads": 77}))
     begin(run, tiny_config(), Data())
     assert "began with 77 threads" in capsys.readouterr().err
+
+
+def test_what_a_later_start_ran_on_is_said_and_written_down(run, tiny_config, capsys, monkeypatch):
+    facts = json.loads((run / "versions.json").read_text())
+    assert facts["processes"] == 1
+    begin(run, tiny_config(), Data())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (run / "versions.json").write_text(json.dumps(facts | {"torch": "1.0", "threads": 77}))
+    for _ in range(2):
+        begin(run, tiny_config(), Data())
+        told = capsys.readouterr().err
+        assert f"this run began with torch 1.0 (now {facts['torch']}), processes 1 (now 4), threads 77 (now " in told
+    now = {"torch": facts["torch"], "processes": 4, "threads": facts["threads"]}
+    after = json.loads((run / "versions.json").read_text())
+    assert after == facts | {"torch": "1.0", "threads": 77, "later": [{"after_step": 4} | now]}
 
 
 def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):

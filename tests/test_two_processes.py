@@ -145,14 +145,13 @@ def test_a_signal_stops_both_processes_at_one_step(command, finish, tmp_path, pr
         both = ranks(launcher)
         assert sorted(both) == [0, 1]
         both[1].send_signal(signal.SIGTERM) if receiver == "a rank" else launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=120) != 0
+        assert launcher.wait(timeout=120) == 1  # whatever its processes end with, here with 75
         psutil.wait_procs(both.values(), timeout=30)
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     stops = re.findall(r"stopped after step (\d+) of 100000", (tmp_path / "stderr.txt").read_text())
-    assert len(stops) == 2
-    assert stops[0] == stops[1]
+    assert len(stops) == 1  # told by the main process alone
     step = int(stops[0])
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     finish(run, 1, f"steps={step + 2}")

@@ -132,7 +132,9 @@ def numbers_of(numbers: Numbers) -> dict:
 
 def made(record: RunRecord, numbers: Numbers) -> list[tuple[str, str]]:
     """Versions, machine and evaluation settings, one per row."""
-    rows = [(name, str(value)) for name, value in record.versions.items() if value not in (None, "")]
+    rows = [
+        (name, str(value)) for name, value in record.versions.items() if isinstance(value, (str, int)) and value != ""
+    ]
     if not rows:
         rows = [(name, str(value)) for name, value in numbers.meta.get("versions", {}).items()]
     shown = {"model": "evaluated model", "date": "evaluated", "precision": "evaluated in", "ties": "ties"}

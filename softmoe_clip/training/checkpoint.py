@@ -6,6 +6,7 @@ Dropout and the like draw from (seed, position), so that no random state needs s
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
+from softmoe_clip.training.checksums import check_checksums, write_checksums
 
 
 class Progress(NamedTuple):
@@ -34,19 +36,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int) -> Path:
-    """Write `folder/step_00001000` under a temporary name, sync and rename it; keep the newest `keep_last`.
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int, keep_every: int = 0
+) -> Path:
+    """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
     Raises OSError for a full disk; the older checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{progress.step:08d}"
+    final = folder / folder_name(progress.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir()
         write_tensors(model.state_dict(), temporary / "model.safetensors")
         write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
+        write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
         if final.exists():
@@ -60,15 +65,33 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progres
                 f"no space left while writing {final}: free some and start the same command again to go on"
             ) from error
         raise
-    prune(folder, final, keep_last)
+    prune(folder, progress.step, keep_last, keep_every)
     return final
 
 
-def prune(folder: Path, newest: Path, keep_last: int) -> None:
-    """Keep the last checkpoints up to `newest`; what comes after it is damaged, or half-written by a killed process."""
-    whole = sorted(path for path in folder.glob("step_*") if path.name <= newest.name)
-    for old in {*folder.glob("step_*")} - {*whole[-keep_last:]}:
-        shutil.rmtree(old)
+def folder_name(step: int) -> str:
+    """Name the folder of the checkpoint after a step."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """Return the step that a checkpoint's folder name tells."""
+    return int(name.removeprefix("step_"))
+
+
+def kept(steps: Iterable[int], keep_last: int, keep_every: int) -> set[int]:
+    """Return which checkpoints stay: the newest `keep_last`, and for good those at multiples of `keep_every` steps."""
+    steps = sorted(steps)
+    return {*steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
+
+
+def prune(folder: Path, newest: int, keep_last: int, keep_every: int = 0) -> None:
+    """Remove old checkpoints; what comes after the newest is damaged, or half-written by a killed process."""
+    steps = {path: step_of(path.name) for path in folder.glob("step_*")}
+    stay = kept((step for step in steps.values() if step <= newest), keep_last, keep_every)
+    for path, step in steps.items():
+        if step not in stay:
+            shutil.rmtree(path)
     for half in folder.glob(".step_*"):
         shutil.rmtree(half, ignore_errors=True)
 
@@ -81,6 +104,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
     paths = sorted(folder.glob("step_*"), reverse=True)
     for path in paths:
         try:
+            check_checksums(path)
             weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
             progress = Progress(**json.loads((path / "progress.json").read_text()))
         except (SafetensorError, OSError, ValueError, TypeError) as error:

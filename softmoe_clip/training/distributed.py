@@ -104,3 +104,13 @@ def over_processes(value: Tensor, reduce: Literal["mean", "sum", "max"]) -> Tens
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is up in at least one process, the same answer in all of them."""
     return bool(over_processes(torch.tensor(int(flag), device=device), "max"))
+
+
+def check_same_everywhere(what: str, value: int, device: torch.device) -> None:
+    """Refuse to go on where processes have found different things, as machines do that do not share a folder."""
+    least, most = (int(sign * over_processes(torch.tensor(sign * value, device=device), "max")) for sign in (-1, 1))
+    if least != most:
+        raise ValueError(
+            f"{what} is {least} for one process and {most} for another: "
+            "out must be a folder that all machines share, or a URL"
+        )

@@ -17,22 +17,19 @@ from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statem
 from softmoe_clip.models.store import save
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
-from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
+from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
-from softmoe_clip.training.run_folder import begin, is_finished, newest_step, say
+from softmoe_clip.training.remote_run import run_at
+from softmoe_clip.training.run_folder import Stopped, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 from softmoe_clip.training.step import Stepper, check_chunk_size
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
-
-
-class Stopped(Exception):
-    """The run was asked to stop, has saved its state, and goes on when it is started again."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -40,13 +37,18 @@ def train(config: TrainConfig) -> Path:
 
     Raises Stopped after Ctrl-C or SIGTERM, once the state is saved; ValueError when the loss is not finite.
     """
-    run = Path(config.out)
-    if is_finished(run, config):
-        say(f"{run} is finished ({newest_step(run)} steps); nothing to do. Its model is {run / 'model'}.")
-        return run
-
+    place = run_at(config)
+    run = place.folder
     accelerator = make_accelerator(config.precision)
     device, is_main = accelerator.device, accelerator.is_main_process
+    with accelerator.main_process_first():  # what only the main process's machine has must be uploaded before
+        if accelerator.is_local_main_process:
+            place.fetch()
+    if is_finished(run, config):
+        if is_main:
+            say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
+        return run
+
     shards = open_train(config.data)
     check_measured(config)
     image_moe = config.model.image_moe
@@ -62,7 +64,10 @@ def train(config: TrainConfig) -> Path:
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
-    done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
+    done = load_newest(run / "checkpoints", towers, optimizer, warn=say if is_main else lambda text: None)
+    check_same_everywhere("the step of the newest checkpoint", done.step, device)
+    if is_main:
+        place.upload(done.step)  # now, not hours later, it shows whether that can be done
     model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
     stepper = Stepper(
         model,
@@ -95,7 +100,8 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             # Before the checkpoint: a finished run, told by its last one, has its model.
             save(loaded, run / "model", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, config.keep_every)
+            place.upload(done.step)
         accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
@@ -115,7 +121,7 @@ def train(config: TrainConfig) -> Path:
         window=config.data.window,
     )
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
-    with log, stop_signals() as stop, bar as advance:
+    with place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
         train_mode(model)
         since, pairs_since = perf_counter(), 0
         for batch in batches:
@@ -172,9 +178,12 @@ def train(config: TrainConfig) -> Path:
             if stopping or every(config.checkpoint_every, step, config.last_step):
                 checkpoint()
             if stopping and not is_last:
-                raise Stopped(f"stopped after step {step} of {config.last_step}; start the same command again to go on")
+                stopped = f"stopped after step {step} of {config.last_step}; start the same command again to go on"
+                if is_main:
+                    say(stopped)
+                raise Stopped(stopped)
     if is_main:
-        say(f"trained {config.last_step} steps; the model is {run / 'model'}")
+        say(f"trained {config.last_step} steps; the model is {place}/model")
     return run
 
 

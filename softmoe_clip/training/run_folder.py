@@ -3,13 +3,19 @@
 import dataclasses
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
 from softmoe_clip.data_pipelines.train_set import in_words
+from softmoe_clip.training.inputs import differences_of, fingerprints
 from softmoe_clip.training.run_log import environment
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved its state, and goes on when it is started again."""
 
 
 def say(text: str) -> None:
@@ -26,7 +32,7 @@ def begin(run: Path, config: TrainConfig, shards) -> None:
     """Write config.yaml and what else reproduces the run, or check that the run there is this one."""
     saved, temporary = run / "config.yaml", run / "config.yaml.tmp"
     # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
-    before_config = {"versions.json", temporary.name}
+    before_config = {"versions.json", "versions.json.tmp", temporary.name}
     goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
     if goes_on:
         refuse_another_run(run, config, shards.fingerprint(), len(shards.counts))
@@ -34,14 +40,46 @@ def begin(run: Path, config: TrainConfig, shards) -> None:
         raise ValueError(f"{run} is a file: give a folder as out")
     if run.exists() and not saved.exists() and any(path.name not in before_config for path in run.iterdir()):
         raise ValueError(f"{run} holds files but no run (no config.yaml): give another folder as out")
+    now, inputs = environment(), fingerprints(config)
+    if goes_on:
+        facts = json.loads((run / "versions.json").read_text())
+        refuse_other_inputs(run, facts.get("inputs", {}), inputs)
+        note_changes(run, facts, now)
+    else:
+        begun = {"begun": datetime.now(UTC).isoformat()}  # tells this run from an earlier one at the same URL
+        facts = now | begun | {"data": shards.fingerprint(), "pairs": len(shards), "inputs": inputs}
     run.mkdir(parents=True, exist_ok=True)
-    facts = environment() | {"data": shards.fingerprint(), "pairs": len(shards)}
-    if not goes_on:
-        (run / "versions.json").write_text(json.dumps(facts, indent=2) + "\n")
-    elif (before := json.loads((run / "versions.json").read_text()))["threads"] != facts["threads"]:
-        say(f"this run began with {before['threads']} threads, now {facts['threads']}: the last bits will differ")
+    write_facts(run, facts)
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
     temporary.rename(saved)
+
+
+def write_facts(run: Path, facts: dict) -> None:
+    """Write versions.json, whole or not at all."""
+    temporary = run / "versions.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    temporary.rename(run / "versions.json")
+
+
+def note_changes(run: Path, facts: dict, now: dict) -> None:
+    """Say what is not as it was when the run began, and add it to its facts: the last bits may differ from there on."""
+    changed = {name: value for name, value in now.items() if name in facts and facts[name] != value}
+    if changed.keys() == {"threads"}:
+        say(f"this run began with {facts['threads']} threads, now {now['threads']}: the last bits will differ")
+    elif changed:
+        then = ", ".join(f"{name} {facts[name]} (now {value})" for name, value in changed.items())
+        say(f"this run began with {then}: the last bits may differ")
+    if changed and (not facts.get("later") or facts["later"][-1] != {"after_step": newest_step(run)} | changed):
+        facts.setdefault("later", []).append({"after_step": newest_step(run)} | changed)
+
+
+def refuse_other_inputs(run: Path, before: dict, now: dict) -> None:
+    """Refuse files that say other things than when the run began, under the same names."""
+    if differences := differences_of(before, now):
+        raise ValueError(
+            f"{run} was begun with other files than are there now ({'; '.join(differences)}): "
+            "give another folder as out"
+        )
 
 
 def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_shards: int = 0) -> None:

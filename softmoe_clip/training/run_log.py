@@ -54,22 +54,36 @@ def cut_back(file: Path, last_step: int) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Return what reproduces a run beside its config: versions, machine, threads, and the git commit, if any."""
+    """Return what reproduces a run beside its config: versions, machine, processes, threads, git commits, if any."""
     import torch
 
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-        )
-        commit = commit.stdout.strip() or None
-    except OSError:
-        commit = None
+    package, here = git_state(Path(__file__)), git_state(Path.cwd())
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in REPORTED_PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "threads": torch.get_num_threads(),
-        "git": commit,
+        "git": package,  # of this program's checkout
+        "git_here": here,  # of the folder in which the command was given
     }
+
+
+def git_state(path: Path) -> str | None:
+    """Return the commit that a file or folder belongs to, `-dirty` where it was changed since; None outside of git.
+
+    A file must be known to git: an environment inside somebody's checkout is not a part of it.
+    """
+    folder = path if path.is_dir() else path.parent
+    known = path.is_dir() or git(folder, "ls-files", path.name)
+    return git(folder, "describe", "--always", "--dirty", "--abbrev=12") if known else None
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """Return what a git command prints, None where it prints nothing, fails, or takes too long."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,12 +1,24 @@
 """The verbs that train."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and goes on when started again
+
+
+@contextmanager
+def exit_when_stopped() -> Iterator[None]:
+    """Give a run that was asked to stop, and has said so, an exit status of its own, the same in every process."""
+    from softmoe_clip.training.run_folder import Stopped
+
+    try:
+        yield
+    except Stopped:
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def demo(
@@ -22,7 +34,8 @@ def demo(
     tune_cpu_memory()
     from softmoe_clip.demo import demo
 
-    demo(data, out)
+    with exit_when_stopped():
+        demo(data, out)
 
 
 def train(
@@ -31,6 +44,10 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="print parameters, memory and expected time, and stop")] = False,
 ):
     """Train a model, or go on exactly where its run stopped.
+
+    Ctrl-C or SIGTERM, in any process of the run: its state is saved, and the exit status is 75. (`accelerate launch`
+    and `torchrun` make of that a status of 1 and a traceback of their own; after a SIGTERM they leave the run 30
+    seconds to save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT of them.)
 
     Example: softmoe-clip train configs/demo.yaml out=runs/a data.train=shards/train steps=500
     """
@@ -45,13 +62,10 @@ def train(
 
         print_plan(settings)
         return
-    from softmoe_clip.training.loop import Stopped, train
+    from softmoe_clip.training.loop import train
 
-    try:
+    with exit_when_stopped():
         train(settings)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()] = None):
