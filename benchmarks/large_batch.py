@@ -4,8 +4,8 @@
 
 A small two-tower model with a Soft MoE layer and patch dropout takes drawn pictures of 32 x 32 pixels. Each batch has a
 process of its own, whose memory is counted from after a first step on one chunk: pixels, embeddings with their
-gradients, and the rows of logits that the loss compares at a time. The smallest batch is also run whole, without chunks.
-Results go into a JSON beside this file.
+gradients, and the rows of logits that the loss compares at a time. The smallest batch is also run whole, without
+chunks. Results go into a JSON beside this file.
 """
 
 import argparse
