@@ -22,12 +22,14 @@ def branch_point(config: TrainConfig) -> Path | None:
     return Path(config.init) if is_checkpoint else None
 
 
-def branch_off(point: Path, config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None) -> Progress:
-    """Fill model, optimizer and averages as the trunk had them, and return how far it had come.
+def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None) -> Progress | None:
+    """Fill model, optimizer and averages as the trunk had them, and return how far it had come; None without a trunk.
 
     Steps, the schedule and the place in the data are counted from the trunk's beginning, so that the branch is what the
     trunk would have been under the branch's settings. Raises ValueError, one sentence, where that cannot be.
     """
+    if (point := branch_point(config)) is None:
+        return None
     check_trunk(point, config)
     try:
         parts = read_checkpoint(point)

@@ -58,21 +58,16 @@ class Teacher:
         size = (size, size) if isinstance(size, int) else tuple(size)
         if images.is_floating_point():
             mean, std = (torch.tensor(self.student_cfg[name], device=images.device) for name in ("mean", "std"))
-            images = (images * std.view(3, 1, 1) + mean.view(3, 1, 1)).mul(255)
+            images = (images * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
-        return unit_to_normal(images, own)
+        mean, std = (torch.tensor(own[name], device=images.device).view(3, 1, 1) for name in ("mean", "std"))
+        return (images / 255 - mean) / std  # as `normalise` does for bytes
 
     def token_ids(self, captions: list[str]) -> Tensor:
         """Tokenize captions as the teacher does, without what cannot become one of its ids."""
         length = getattr(self.loaded.tokenizer, "context_length", None) or 77
         return self.loaded.tokenizer([shortened(caption, length) for caption in captions])
-
-
-def unit_to_normal(images: Tensor, preprocess_cfg: dict) -> Float[Tensor, "b 3 y x"]:
-    """Normalise pixels of 0 to 255, bytes or not, as a model of open_clip's wants them."""
-    mean, std = (torch.tensor(preprocess_cfg[name], device=images.device).view(3, 1, 1) for name in ("mean", "std"))
-    return (images / 255 - mean) / std
 
 
 def load_teacher(config: TrainConfig, student_cfg: dict, device: torch.device) -> Teacher | None:

@@ -17,14 +17,18 @@ from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statem
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
 from softmoe_clip.moe.stats import collect_routing
+from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.distill import Distilled, load_teacher
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
+from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.measure import check_measured, measure
-from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.optim import make_optimizer, schedule
+from softmoe_clip.training.rates import rate_lines
 from softmoe_clip.training.run_folder import begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 
@@ -55,12 +59,18 @@ def train(config: TrainConfig) -> Path:
     loaded = build(config)
     picture = run_picture(config, loaded, shards)
     towers = loaded.model.to(device)
-    optimizer = adamw(towers, config.optim)
+    optimizer = make_optimizer(towers, config.optim)
+    teacher = load_teacher(config, loaded.preprocess_cfg, device)
+    ema = Ema(towers, config.ema) if config.ema is not None else None
+    branched = branch_off(config, towers, optimizer, ema) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
+        if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
+            (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
     accelerator.wait_for_everyone()
-    done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
+    done = load_newest(run / "checkpoints", towers, optimizer, warn=say, ema=ema)
+    done = branched if branched is not None and not done.step else done
     model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step) if is_main else nullcontext()
@@ -82,7 +92,10 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             # Before the checkpoint: a finished run, told by its last one, has its model.
             save(loaded, run / "model", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
+            if ema is not None:
+                with ema.in_place(towers):
+                    save(loaded, run / "model_ema", merged_weights(towers))
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, ema)
         accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
@@ -111,7 +124,10 @@ def train(config: TrainConfig) -> Path:
             reports = every(config.log_every, step, config.last_step)
             seed_step(config.seed, step, accelerator.process_index)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done.step)
+                group["lr"] = learning_rate(done.step) * group["lr_scale"]
+            if teacher is not None:
+                with accelerator.autocast():
+                    loss_function = Distilled(LOSSES[config.loss], teacher(batch), config.distill.weight)
 
             with collect_routing(statistics=reports) as routing:
                 images = normalise(batch.images.to(device, non_blocking=True), preprocess["mean"], preprocess["std"])
@@ -131,6 +147,8 @@ def train(config: TrainConfig) -> Path:
             if config.loss == "clip":
                 with torch.no_grad():
                     towers.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            if ema is not None:
+                ema.update(towers, step)
 
             done = Progress(step, done.samples_seen + config.batch_size)
             pairs_since += config.batch_size
@@ -142,11 +160,14 @@ def train(config: TrainConfig) -> Path:
                 advance(1, note=f"loss {loss_value:.3f}")
             if reports:
                 replaced = int(over_processes(torch.tensor(num_replaced, device=device), "sum"))
+            if teacher is not None and reports:
+                distill_value = float(over_processes(loss_function.distill_loss, "mean"))
             if is_main and reports:
                 numbers = {
                     "samples_seen": done.samples_seen,
                     "loss": loss_value,
                     **({"aux_loss": aux_value} if routing.losses else {}),
+                    **({"distill_loss": distill_value} if teacher is not None else {}),
                     "lr": learning_rate(step - 1),
                     "logit_scale": towers.logit_scale.exp().item(),
                     "gradient_norm": float(gradient_norm),
@@ -158,7 +179,9 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 if is_main:
-                    if numbers := measure(loaded, config, run, step, device):
+                    with ema.in_place(towers) if ema is not None else nullcontext():
+                        numbers = measure(loaded, config, run, step, device)
+                    if numbers:
                         log.write(step, numbers)
                     if "val/loss" in numbers:
                         say(f"step {step}: val/loss {numbers['val/loss']:.3f}")

@@ -1,5 +1,6 @@
 """An optimizer's state as named tensors, exact for any optimizer that holds tensors and numbers, and back again."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the state as tensors named `<parameter>|<entry>`, independent of group order; numbers have `|int` after it.
+    """Return the state as tensors named `<parameter>|<entry>`, independent of group order; numbers end in `|int`.
 
     What steps have written into a group, as LAMB its step, is called `group 0|<entry>`. Raises ValueError for anything
     that is neither a tensor nor a number.
@@ -104,10 +105,7 @@ def toy(make: Callable[[list[dict]], Optimizer]) -> tuple[nn.ParameterDict, Opti
     """Make an optimizer of parameters of every kind that a tower has, in two groups."""
     shapes = {"matrix": (4, 3), "experts": (2, 4, 3), "bias": (3,), "scale": ()}
     model = nn.ParameterDict(
-        {
-            name: nn.Parameter(torch.linspace(0.1, 1.0, max(1, torch.Size(s).numel())).view(s))
-            for name, s in shapes.items()
-        }
+        {name: nn.Parameter(torch.linspace(0.1, 1.0, math.prod(shape)).view(shape)) for name, shape in shapes.items()}
     )
     parameters = list(model.values())
     groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]

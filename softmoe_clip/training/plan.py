@@ -14,10 +14,11 @@ from softmoe_clip.data_pipelines.train_set import batches_of, open_train
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
+from softmoe_clip.training.distill import Distilled, load_teacher
 from softmoe_clip.training.freeze import in_words, train_mode
 from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
-from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.optim import make_optimizer, schedule
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 
@@ -48,7 +49,12 @@ def print_plan(config: TrainConfig) -> None:
     if config.freeze or config.lora is not None:
         table.add_row("trained", in_words(model).replace(", ", "\n"))
     table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
-    table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
+    if config.optim.name == "adamw":
+        table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
+    else:
+        table.add_row("weights and gradients", f"{8 * trained / 2**30:.2f} GiB")
+    if config.ema is not None:
+        table.add_row("averaged weights", f"{4 * trained / 2**30:.2f} GiB")
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
     if len(shards):
         table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
@@ -65,7 +71,7 @@ def timed_steps(
     towers, preprocess = loaded.model.to(device), loaded.preprocess_cfg
     model = run_towers(config, towers)
     train_mode(model)
-    optimizer = adamw(towers, config.optim)
+    optimizer = make_optimizer(towers, config.optim)
     batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
@@ -76,14 +82,17 @@ def timed_steps(
         num_workers=config.data.num_workers,
         window=config.data.window,
     )
+    teacher, loss_function = load_teacher(config, preprocess, device), LOSSES[config.loss]
     times = []
     begin = perf_counter()
     for batch in batches:
         images = normalise(batch.images.to(device), preprocess["mean"], preprocess["std"])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32"):
+            if teacher is not None:
+                loss_function = Distilled(LOSSES[config.loss], teacher(batch), config.distill.weight)
             out = model(images, batch.token_ids.to(device))
         features = out["image_features"].float(), out["text_features"].float()
-        LOSSES[config.loss](*features, out["logit_scale"], out.get("logit_bias")).backward()
+        loss_function(*features, out["logit_scale"], out.get("logit_bias")).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -63,9 +63,9 @@ def comes_before(name: str) -> bool:
 
 
 def row_of_blocks(model: nn.Module, names: list[str], tower: str) -> tuple[str, int]:
-    """Return where a tower has its blocks (a prefix of names) and how many: the row of like modules with the most in it.
+    """Return where a tower has its blocks (a prefix of names) and how many: the largest row of modules of one kind.
 
-    Raises ValueError where that is less than half of what is neither embedding nor text's vocabulary.
+    Raises ValueError where it holds no more than half of the tower, embeddings aside.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in set(names)}
     rows: dict[str, tuple[int, int]] = {}
