@@ -1,4 +1,4 @@
-"""Branches: a run that goes on from another's checkpoint, or from its weights; and runs that are killed go on exactly."""
+"""Branches: runs that go on from another's checkpoint, or from its weights; and killed runs that go on exactly."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Distillation: open_clip's loss, equal over processes; the teacher sees what the student sees; runs that are taught."""
+"""Distillation: open_clip's loss, equal over processes; a teacher that sees what the student sees; taught runs."""
 
 import json
 

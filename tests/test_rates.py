@@ -36,7 +36,10 @@ def models(tmp_path_factory):
             },
         },
     }
-    built = {"timm, ours": create_model(ModelConfig("SoftMoE-demo"), 300, 12)}
+    described["ours"] = described["custom text"] | {
+        "text_cfg": TEXT | {"softmoe_text": {"pool": "map"}},
+    }
+    built = {"timm": create_model(ModelConfig("SoftMoE-demo"), 300, 12)}
     for name, architecture in described.items():
         file = folder / f"{name}.json"
         file.write_text(json.dumps(architecture))
@@ -62,8 +65,8 @@ def levels_by_hand(names, blocks, depth, first):
         ("native", "text", "transformer.resblocks.", 3, ["token_embedding", "positional_embedding"]),
         ("custom text", "text", "text.transformer.resblocks.", 3, ["text.token_embedding", "text.positional"]),
         ("transformers", "text", "text.transformer.encoder.layer.", 2, ["text.transformer.embeddings."]),
-        ("timm, ours", "image", "visual.trunk.blocks.", None, ["visual.trunk.patch_embed", "visual.trunk.pos_embed"]),
-        ("timm, ours", "text", "text.blocks.", None, ["text.token_embedding", "text.positional_embedding"]),
+        ("timm", "image", "visual.trunk.blocks.", None, ["visual.trunk.patch_embed", "visual.trunk.pos_embed"]),
+        ("ours", "text", "text.blocks.", 3, ["text.token_embedding", "text.positional_embedding"]),
     ],
 )
 def test_levels_are_counted_from_the_last_block_down_to_the_embeddings(models, kind, tower, blocks, depth, first):
@@ -81,12 +84,12 @@ def test_levels_are_counted_from_the_last_block_down_to_the_embeddings(models, k
 def test_timms_own_layer_decay_agrees_up_to_where_it_begins_to_count(models):
     from timm.optim._param_groups import param_groups_layer_decay
 
-    trunk = models["timm, ours"].visual.trunk
+    trunk = models["timm"].visual.trunk
     theirs = {}
     names = {parameter: name for name, parameter in trunk.named_parameters()}
     for group in param_groups_layer_decay(trunk, layer_decay=0.5):
         theirs |= {f"visual.trunk.{names[p]}": group["lr_scale"] for p in group["params"]}
-    ours = rate_factors(models["timm, ours"], OptimConfig(image_layer_decay=0.5))
+    ours = rate_factors(models["timm"], OptimConfig(image_layer_decay=0.5))
     # timm counts the last norm to the last block, and has no level above it where a tower has no head.
     shared = [name for name in theirs if ".blocks." in name or "embed" in name]
     assert len({ours[name] / theirs[name] for name in shared}) == 1
