@@ -172,6 +172,7 @@ def test_six_steps_are_those_of_the_references_adam():
 NEED_MORE = ("apex", "bitsandbytes", "Kron", "Adahessian")
 
 
+@pytest.mark.slow
 def test_every_optimizer_that_timm_has_goes_on_exactly_or_is_refused():
     from timm.optim import get_optimizer_info, list_optimizers
 

@@ -19,13 +19,14 @@ from softmoe_clip.training.distributed import gather_with_grad
 ROWS = 1024  # of a process, whose similarities to the global batch are in memory at a time
 CHUNK_SIZE = 256  # pairs that run through the teacher at a time
 Features = Float[Tensor, "b z"]
+TaughtFeatures = Float[Tensor, "b t"]  # teachers have widths of their own
 
 
 class Taught(NamedTuple):
     """What a teacher makes of this process's pairs: unit vectors, and its multiplier."""
 
-    image: Features
-    text: Features
+    image: TaughtFeatures
+    text: TaughtFeatures
     logit_scale: Float[Tensor, ""]
 
 
@@ -94,8 +95,8 @@ def soft_cross_entropy(
     rows: Features,
     others: Features,
     scale: Tensor,
-    taught_rows: Features,
-    taught_others: Features,
+    taught_rows: TaughtFeatures,
+    taught_others: TaughtFeatures,
     taught_scale: Tensor,
 ) -> Float[Tensor, ""]:
     """Return the mean over this process's rows; similarities are computed for some rows at a time, and not kept."""
