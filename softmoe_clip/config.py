@@ -1,21 +1,18 @@
 """What a model and a training run are made of: frozen dataclasses, torch-free, filled from YAML and `a.b=value`."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from softmoe_clip.data_pipelines.config import DataConfig
-
-# The contrastive recipe of the reference (vmoe's LAION config): only weight matrices decay. First match wins.
-CONTRASTIVE_DECAY = {
-    r"router_scale|slot_embed|logit_scale|logit_bias": 0.0,
-    r"bias|\.b_in$|\.b_out$": 0.0,
-    r"(?i)norm|ln_|pos_embed|position|(token|word|class)_embedding|cls_token|latent|probe|gamma": 0.0,
-    r".*": 0.1,
-}
-
+from softmoe_clip.optim_config import (  # noqa: F401  the parts of a run's config are imported from here
+    CONTRASTIVE_DECAY,
+    DistillConfig,
+    EmaConfig,
+    OptimConfig,
+    check_expressions,
+)
 
 _SLOTS = {"num_experts", "slots_per_expert"}
 _CAPACITY = {"num_experts", "capacity_factor", "capacity_rounding", "capacity_multiple_of", "noise_std", "group_size"}
@@ -116,28 +113,6 @@ class ModelConfig:
     init_logit_bias: float | None = None
 
 
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, its decay rules (expression over parameter names: decay; the first match wins), its schedule in steps."""
-
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: dict[str, float] = field(default_factory=lambda: dict(CONTRASTIVE_DECAY))
-    clip_norm: float = 1.0
-    schedule: Literal["cosine", "rsqrt", "constant"] = "cosine"
-    warmup: int = 100
-    cooldown: int = 0  # linear, to zero, over the last steps (rsqrt and constant)
-    timescale: int = 10_000  # of rsqrt, in steps
-
-    def __post_init__(self):
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if min(self.warmup, self.cooldown) < 0 or self.timescale < 1:
-            raise ValueError(f"optim.warmup and optim.cooldown count steps from 0, timescale from 1, got {self}")
-
-
 # What is trained beside adapters: logit scale and bias, and the projections, by whatever name a tower gives its own.
 SCALES_AND_PROJECTIONS = r"^logit_|^visual[.](head|proj)|^(text[.])?(head|proj|text_projection)"
 
@@ -198,9 +173,13 @@ class TrainConfig:
     samples: int | None = None
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    init: str | None = None  # a model to start from: a run, a model folder, or one of open_clip's
+    # a model to start from: a run, a model folder, or one of open_clip's; or a checkpoint of a run,
+    # RUN/checkpoints/step_00001000, which is gone on from as its run would have (see training/branch.py)
+    init: str | None = None
     freeze: tuple[str, ...] = ()  # regular expressions; what they find in the parameters' names is not trained
     lora: LoraConfig | None = None  # low-rank adapters; a parameter that is not named there is then not trained either
+    ema: EmaConfig | None = None  # averaged weights, beside the trained ones
+    distill: DistillConfig | None = None  # learn from another model's similarities, too
     log_every: int = 10
     checkpoint_every: int = 200
     keep_last: int = 2  # of the newest checkpoints
@@ -255,15 +234,6 @@ MAY_CHANGE_AT_RESUME = (
     "data.num_workers",
     "data.cache",
 )
-
-
-def check_expressions(setting: str, patterns: Sequence[str]) -> None:
-    """Refuse what is no regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{setting}: {pattern!r} is no regular expression ({error})") from None
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

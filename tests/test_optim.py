@@ -1,5 +1,7 @@
 """Learning rates against the reference's schedules, and which parameters decay."""
 
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from torch import nn
 
 from softmoe_clip.config import CONTRASTIVE_DECAY, ModelConfig, OptimConfig
 from softmoe_clip.models.create import create_model
-from softmoe_clip.training.optim import adamw, decay_of, schedule
+from softmoe_clip.training.optim import adamw, decay_of, make_optimizer, schedule
+from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors, rehearse, toy, toy_steps
 
 GOLDEN = np.load(Path(__file__).parent / "golden/lr_schedules.npz")
 REFERENCE = {
@@ -134,3 +137,131 @@ def test_decay_is_multiplied_by_the_rate():
     model.weight.grad = torch.zeros(1, 1)
     optimizer.step()
     assert model.weight.item() == pytest.approx(before * (1 - 0.5 * 0.1))
+
+
+def test_six_steps_are_those_of_the_references_adam():
+    golden = np.load(Path(__file__).parent / "golden/adam_jft_softmoe.npz")
+    meta = json.loads(str(golden["meta"]))
+    names = [name.removeprefix("init:") for name in golden if name.startswith("init:")]
+    # A parameter's name may have no dot in it; the reference's are paths.
+    model = nn.ParameterDict({name: nn.Parameter(torch.from_numpy(golden[f"init:{name}"])) for name in names})
+    decay = dict(meta["weight_decay"])
+    assert decay == {"head/kernel": 3.0, ".*/kernel": 0.03, ".*/Moe/Router/scale": 0.03}
+    config = OptimConfig(
+        lr=0.01,
+        weight_decay={f"^{pattern}$": value for pattern, value in decay.items()},
+        schedule="rsqrt",
+        warmup=2,
+        timescale=5,
+    )
+    assert (config.clip_norm, config.beta1, config.beta2, config.eps) == (1.0, meta["b1"], meta["b2"], meta["eps"])
+    learning_rate, optimizer = schedule(config, 6), make_optimizer(model, config)
+    for step in range(6):
+        assert learning_rate(step) == pytest.approx(float(golden["lr"][step]), rel=1e-6, abs=1e-12)
+        for group in optimizer.param_groups:
+            group["lr"] = float(golden["lr"][step])
+        for name, parameter in model.items():
+            parameter.grad = torch.from_numpy(np.array(golden[f"grads:{name}"][step]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        for name, parameter in model.items():
+            expected = torch.from_numpy(np.array(golden[f"after:{name}"][step]))
+            torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-8, msg=f"{name} at {step}")
+
+
+NEED_MORE = ("apex", "bitsandbytes", "Kron", "Adahessian")
+
+
+@pytest.mark.slow
+def test_every_optimizer_that_timm_has_goes_on_exactly_or_is_refused():
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    model, refused, told = nn.Linear(2, 2), [], []
+    for name in [*list_optimizers(), "lookahead_adamw", "lookahead_lion"]:
+        cls = get_optimizer_info(name.removeprefix("lookahead_")).opt_class
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Kron's about a package it could use
+                make_optimizer(model, OptimConfig(name=name))
+        except ValueError as error:
+            refused.append(cls if isinstance(cls, str) else cls.__name__)
+            told.append(str(error))
+    assert all(text.startswith("optim.name=") and " cannot be used here: " in text for text in told)
+    assert all(name.startswith(NEED_MORE) for name in refused)
+    assert {name.split(".")[0] for name in refused} >= {"Kron", "Adahessian"}
+
+
+@pytest.mark.parametrize("name", ["lion", "adan", "lamb", "nadamlegacy", "adafactorbv", "lookahead_sgd"])
+def test_state_of_every_kind_is_saved_as_tensors_and_comes_back(name):
+    config = OptimConfig(name=name)
+    model, optimizer = toy(lambda groups: make_optimizer_of(groups, config))
+    toy_steps(model, optimizer, 4)
+    tensors = optimizer_tensors(model, optimizer)
+    assert tensors
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    twin, again = toy(lambda groups: make_optimizer_of(groups, config))
+    fill_optimizer(twin, again, tensors)
+    found = optimizer_tensors(twin, again)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+    kinds = {key.split("|")[-1] for key in tensors if key.count("|") == 2}
+    assert kinds == {"adan": {"int"}, "nadamlegacy": {"int", "float"}, "lookahead_sgd": {"int"}}.get(name, set())
+    if name in ("adan", "lamb", "lookahead_sgd"):
+        assert any(key.startswith("group 1|") for key in tensors)
+
+
+def make_optimizer_of(groups, config):
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, config.name, lr=config.lr)
+
+
+def test_what_a_rehearsal_refuses():
+    class Forgetful(torch.optim.SGD):
+        """Steps that depend on something outside of the state."""
+
+        def step(self):
+            self.number = getattr(self, "number", 0) + 1
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(parameter.grad, alpha=0.1 / self.number)
+
+    class Listing(torch.optim.SGD):
+        def step(self):
+            self.state[self.param_groups[0]["params"][0]]["history"] = [1, 2]
+
+    with pytest.raises(ValueError, match="steps are not the same after it is saved and loaded"):
+        rehearse(Forgetful)
+    with pytest.raises(ValueError, match=r"it keeps a list \(bias\|history\), which a checkpoint cannot hold"):
+        rehearse(Listing)
+    rehearse(torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"name": "lionn"}, "no optimizer is called 'lionn': did you mean 'lion'"),
+        (
+            {"name": "lion", "options": {"beta": [0.9, 0.99]}},
+            r"optim\.options\.beta is no setting of lion: did you mean",
+        ),
+        ({"options": {"amsgard": True}}, r"optim\.options\.amsgard is no setting of adamw: did you mean 'amsgrad'"),
+        ({"options": {"lr": 1.0}}, r"optim\.options\.lr has a setting of its own: optim\.lr"),
+        ({"options": {"betas": [0.9, 0.9]}}, r"optim\.options\.betas has a setting of its own: optim\.beta1"),
+        ({"name": "lion", "beta2": 0.98}, r"optim\.beta2=0\.98 is a setting of adamw, not of lion"),
+        ({"name": "sgd", "options": {"momentum": 0.0}}, "cannot be used here: Nesterov momentum requires a momentum"),
+        ({"lr_scale": {"weight": 0.0}}, r"optim\.lr_scale must be above 0, got 0\.0 for 'weight': name .* freeze"),
+        ({"lr_scale": {"(": 1.0}}, r"optim\.lr_scale: '\(' is no regular expression"),
+        ({"lr_scale": {"visual": 0.1}}, r"optim\.lr_scale: 'visual' is found in no parameter name"),
+        ({"image_layer_decay": 1.5}, r"optim\.image_layer_decay must be above 0 and at most 1, got 1\.5"),
+    ],
+)
+def test_a_mistake_is_one_sentence(settings, told):
+    with pytest.raises(ValueError, match=told):
+        make_optimizer(nn.Linear(2, 2), OptimConfig(**settings))
+
+
+def test_options_reach_the_optimizer():
+    optimizer = make_optimizer(nn.Linear(2, 2), OptimConfig(name="lion", options={"betas": [0.5, 0.6]}))
+    assert all(group["betas"] == (0.5, 0.6) for group in optimizer.param_groups)
+    assert make_optimizer(nn.Linear(2, 2), OptimConfig(options={"amsgrad": True})).defaults["amsgrad"]

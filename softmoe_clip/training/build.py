@@ -23,6 +23,7 @@ from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import architecture, create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
+from softmoe_clip.training.branch import branch_point
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
@@ -39,7 +40,7 @@ def build(config: TrainConfig) -> LoadedModel:
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
     model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
-    if config.init is not None:
+    if config.init is not None and branch_point(config) is None:
         continue_from(model, config.init, tokenizer)
     if config.lora is None:
         freeze(model, config.freeze)

@@ -10,14 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
 from softmoe_clip.training.checksums import check_checksums, write_checksums
+from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors
+
+EMA_FILE = "ema.safetensors"
 
 
 class Progress(NamedTuple):
@@ -27,17 +30,14 @@ class Progress(NamedTuple):
     samples_seen: int
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>|<entry>`, independent of group order."""
-    return {
-        f"{name}|{entry}": value
-        for name, parameter in model.named_parameters()
-        for entry, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int, keep_every: int = 0
+    folder: Path,
+    model: nn.Module,
+    optimizer,
+    progress: Progress,
+    keep_last: int,
+    keep_every: int = 0,
+    ema: Ema | None = None,
 ) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
@@ -50,6 +50,8 @@ def save_checkpoint(
         temporary.mkdir()
         write_tensors(model.state_dict(), temporary / "model.safetensors")
         write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        if ema is not None:
+            write_tensors(ema.averages, temporary / EMA_FILE)
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
@@ -96,7 +98,7 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int = 0) -> Non
         shutil.rmtree(half, ignore_errors=True)
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
+def load_newest(folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None = None) -> Progress:
     """Load the newest whole checkpoint into model and optimizer; a damaged one is named to `warn` and passed over.
 
     Raises ValueError when all are damaged, or belong to another model.
@@ -104,35 +106,45 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
     paths = sorted(folder.glob("step_*"), reverse=True)
     for path in paths:
         try:
-            check_checksums(path)
-            weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-            progress = Progress(**json.loads((path / "progress.json").read_text()))
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            parts = read_checkpoint(path)
+            averages = {} if ema is None else load_file(path / EMA_FILE)
+        except UNREADABLE as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
-        fill(model, optimizer, weights, moments, path)
-        return progress
+        fill(model, optimizer, parts, path)
+        if ema is not None:
+            ema.fill(averages)
+        return parts.progress
     if paths:
         raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to begin the run anew")
     return Progress(step=0, samples_seen=0)
 
 
-def fill(model: nn.Module, optimizer, weights: dict, moments: dict, path: Path) -> None:
+class Parts(NamedTuple):
+    """What a checkpoint holds."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    progress: Progress
+
+
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError)
+
+
+def read_checkpoint(path: Path) -> Parts:
+    """Read a checkpoint's files; raises one of UNREADABLE for a damaged one."""
+    check_checksums(path)
+    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    return Parts(weights, moments, Progress(**json.loads((path / "progress.json").read_text())))
+
+
+def fill(model: nn.Module, optimizer, parts: Parts, path: Path) -> None:
     """Put a checkpoint's tensors into model and optimizer; refuse those of another model."""
-    parameters = dict(model.named_parameters())
-    strangers = {key.rsplit("|", 1)[0] for key in moments} - parameters.keys()
     try:
-        if strangers:
-            raise RuntimeError(f"no parameter is called {min(strangers)}")
-        model.load_state_dict(weights)
+        fill_optimizer(model, optimizer, parts.moments)
+        model.load_state_dict(parts.weights)
     except RuntimeError as error:
         raise ValueError(
             f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
             "give another folder as out"
         ) from None
-    optimizer.state.clear()
-    for key, value in moments.items():
-        name, entry = key.rsplit("|", 1)
-        parameter = parameters[name]
-        # AdamW's step counter stays where the optimizer made it: on the CPU, unless the optimizer is fused on a GPU.
-        optimizer.state[parameter][entry] = value.to(parameter.device)

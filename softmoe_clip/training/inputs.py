@@ -22,6 +22,7 @@ def fingerprints(config: TrainConfig) -> dict[str, dict[str, str]]:
         "model.arch": files_of(str(arch)),
         "model.text_tower": files_of(config.model.text_tower),
         "init": files_of(config.init),
+        "distill.model": files_of(config.distill and config.distill.model),
         "data.image_features": files_of(config.data.image_features),
     }
     return {

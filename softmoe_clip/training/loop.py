@@ -4,6 +4,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,15 +16,19 @@ from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger,
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.models.store import save
+from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
+from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.measure import check_measured, measure
-from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.optim import make_optimizer, schedule
+from softmoe_clip.training.rates import rate_lines
 from softmoe_clip.training.remote_run import run_at
 from softmoe_clip.training.run_folder import Stopped, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
@@ -59,12 +64,19 @@ def train(config: TrainConfig) -> Path:
     check_chunk_size(config.chunk_size, loaded.model)
     turned_off = draw_by_position(loaded.model)
     towers = loaded.model.to(device)
-    optimizer = adamw(towers, config.optim)
+    optimizer = make_optimizer(towers, config.optim)
+    teacher = load_teacher(config, loaded.preprocess_cfg, device)
+    ema = Ema(towers, config.ema) if config.ema is not None else None
+    branched = branch_off(config, towers, optimizer, ema) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
+        if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
+            (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
     accelerator.wait_for_everyone()
-    done = load_newest(run / "checkpoints", towers, optimizer, warn=say if is_main else lambda text: None)
+    warn = say if is_main else lambda text: None
+    done = load_newest(run / "checkpoints", towers, optimizer, warn, ema)
+    done = branched if branched is not None and not done.step else done
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
@@ -100,7 +112,10 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             # Before the checkpoint: a finished run, told by its last one, has its model.
             save(loaded, run / "model", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, config.keep_every)
+            if ema is not None:
+                with ema.in_place(towers):
+                    save(loaded, run / "model_ema", merged_weights(towers))
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, config.keep_every, ema)
             place.upload(done.step)
         accelerator.wait_for_everyone()
 
@@ -128,7 +143,10 @@ def train(config: TrainConfig) -> Path:
             step = done.step + 1
             reports = every(config.log_every, step, config.last_step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done.step)
+                group["lr"] = learning_rate(done.step) * group["lr_scale"]
+            if teacher is not None:
+                with accelerator.autocast():
+                    stepper = replace(stepper, loss_function=teacher.added_to(LOSSES[config.loss], batch))
 
             loss, aux_loss, routing = stepper.forward_backward(batch, statistics=reports)
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
@@ -141,6 +159,8 @@ def train(config: TrainConfig) -> Path:
             if config.loss == "clip":
                 with torch.no_grad():
                     towers.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            if ema is not None:
+                ema.update(towers, step)
 
             done = Progress(step, done.samples_seen + config.batch_size)
             pairs_since += config.batch_size
@@ -152,11 +172,14 @@ def train(config: TrainConfig) -> Path:
                 advance(1, note=f"loss {loss_value:.3f}")
             if reports:
                 replaced = int(over_processes(torch.tensor(num_replaced, device=device), "sum"))
+            if teacher is not None and reports:
+                distill_value = float(over_processes(stepper.loss_function.distill_loss, "mean"))
             if is_main and reports:
                 numbers = {
                     "samples_seen": done.samples_seen,
                     "loss": loss_value,
                     **({"aux_loss": aux_value} if routing.losses else {}),
+                    **({"distill_loss": distill_value} if teacher is not None else {}),
                     "lr": learning_rate(step - 1),
                     "logit_scale": towers.logit_scale.exp().item(),
                     "gradient_norm": float(gradient_norm),
@@ -168,7 +191,9 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 if is_main:
-                    if numbers := measure(loaded, config, run, step, device):
+                    with ema.in_place(towers) if ema is not None else nullcontext():
+                        numbers = measure(loaded, config, run, step, device)
+                    if numbers:
                         log.write(step, numbers)
                     if "val/loss" in numbers:
                         say(f"step {step}: val/loss {numbers['val/loss']:.3f}")

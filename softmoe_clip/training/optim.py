@@ -1,13 +1,17 @@
-"""AdamW with first-match decay rules, and learning-rate schedules as plain functions of the step."""
+"""Optimizers by name with first-match decay rules, and learning-rate schedules as plain functions of the step."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 from torch import nn
 
 from softmoe_clip.config import OptimConfig
+from softmoe_clip.training.optimizer_state import rehearse
+from softmoe_clip.training.rates import rate_factors
 
 Schedule = Callable[[int], float]
 
@@ -48,16 +52,79 @@ def decay_of(name: str, rules: dict[str, float]) -> float:
     return 0.0
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, one group for each weight decay; decay is multiplied by the rate."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Return the trainable parameters in groups, one for each weight decay and factor on the learning rate."""
+    factors = rate_factors(model, config)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(decay_of(name, config.weight_decay), []).append(parameter)
+            groups.setdefault((decay_of(name, config.weight_decay), factors[name]), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimizer that `optim.name` names, over the trainable parameters.
+
+    Raises ValueError, one sentence, for a name or an option that is not known, or state that could not be resumed.
+    """
+    if config.name == "adamw":
+        return adamw(model, config)
+    from timm.optim import create_optimizer_v2
+
+    check_name(config.name)
+    check_options(config)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
+
+    def make(groups: list[dict]) -> torch.optim.Optimizer:
+        return create_optimizer_v2(groups, config.name, lr=config.lr, **options)
+
+    try:
+        rehearse(make)
+    except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"optim.name={config.name} cannot be used here: {reason}") from None
+    return make(parameter_groups(model, config))
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; decay is multiplied by the rate."""
+    if config.options:
+        check_options(config)
     return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        parameter_groups(model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,  # one pass over memory: on CPU too it is the fastest form, and expert weights are many
+        **config.options,
     )
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with the nearest that it does; `lookahead_` may stand before it."""
+    from timm.optim import list_optimizers
+
+    known = list_optimizers()
+    plain = name.removeprefix("lookahead_")
+    if plain not in known:
+        raise ValueError(
+            f"no optimizer is called {name!r}: did you mean {get_close_matches(plain, known, n=1, cutoff=0)[0]!r}?"
+        )
+
+
+def check_options(config: OptimConfig) -> None:
+    """Refuse an option that the optimizer's own signature does not have."""
+    from timm.optim import get_optimizer_info
+
+    cls = get_optimizer_info(config.name.removeprefix("lookahead_")).opt_class
+    if isinstance(cls, str):  # of a package that may be missing, which the rehearsal will tell
+        return
+    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params")]
+    for name in config.options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"optim.options.{name} is no setting of {config.name}: {advice}")

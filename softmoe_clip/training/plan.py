@@ -2,6 +2,8 @@
 
 import statistics
 import sys
+from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -14,11 +16,12 @@ from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
 from softmoe_clip.training.build import build, run_picture, run_towers
+from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.freeze import in_words, train_mode
 from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
-from softmoe_clip.training.optim import adamw, schedule
+from softmoe_clip.training.optim import make_optimizer, schedule
 from softmoe_clip.training.step import Stepper, check_chunk_size
 
 WARM_STEPS, TIMED_STEPS = 1, 3
@@ -50,7 +53,12 @@ def print_plan(config: TrainConfig) -> None:
     if config.freeze or config.lora is not None:
         table.add_row("trained", in_words(model).replace(", ", "\n"))
     table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
-    table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
+    if config.optim.name == "adamw":
+        table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
+    else:
+        table.add_row("weights and gradients", f"{8 * trained / 2**30:.2f} GiB")
+    if config.ema is not None:
+        table.add_row("averaged weights", f"{4 * trained / 2**30:.2f} GiB")
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
     if len(shards):
         table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
@@ -71,11 +79,13 @@ def timed_steps(
     towers = loaded.model.to(device)
     model = run_towers(config, towers)
     train_mode(model)
-    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=config.precision != "float32")(model.forward)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision != "float32")
+    model.forward = autocast()(model.forward)
     loss = LOSSES[config.loss]
     settings = config.seed, config.duplicates, config.chunk_size
     stepper = Stepper(model, towers, loss, loaded.preprocess_cfg, device, *settings)
-    optimizer = adamw(towers, config.optim)
+    optimizer = make_optimizer(towers, config.optim)
+    teacher = load_teacher(config, loaded.preprocess_cfg, device)
     batches = batches_of(shards)(
         shards,
         loaded.tokenizer,
@@ -89,6 +99,9 @@ def timed_steps(
     times = []
     begin = perf_counter()
     for batch in batches:
+        if teacher is not None:
+            with autocast():
+                stepper = replace(stepper, loss_function=teacher.added_to(loss, batch))
         stepper.forward_backward(batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

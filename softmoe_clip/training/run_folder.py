@@ -88,6 +88,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     now = flatten(as_tree(config))
     # Runs that knew no windows mixed all shards; a window that holds them all is the same order.
     one_window = now["data.window"] == 0 or num_shards <= now["data.window"]
+    before.setdefault("optim.name", "adamw")  # as in runs that knew no other
     before.setdefault("data.window", now["data.window"] if one_window else 0)
     before.setdefault("duplicates", "negatives")  # what they were before there was a choice
     differences = [

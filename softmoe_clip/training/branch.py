@@ -1,0 +1,61 @@
+"""A run that branches off another: it goes on from one of its checkpoints with other settings, as for a cooldown."""
+
+import re
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import nn
+
+from softmoe_clip.config import TrainConfig, flatten
+from softmoe_clip.training.checkpoint import EMA_FILE, UNREADABLE, Progress, fill, read_checkpoint
+from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.run_folder import as_tree
+
+
+def branch_point(config: TrainConfig) -> Path | None:
+    """Return the checkpoint that `init` names, None where it names a model or nothing.
+
+    By its name alone: a branch that has checkpoints of its own goes on after the trunk's have been removed.
+    """
+    is_checkpoint = config.init is not None and re.search(r"(^|/)step_\d{8}/?$", config.init)
+    return Path(config.init) if is_checkpoint else None
+
+
+def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None) -> Progress | None:
+    """Fill model, optimizer and averages as the trunk had them, and return how far it had come; None without a trunk.
+
+    Steps, the schedule and the place in the data are counted from the trunk's beginning, so that the branch is what the
+    trunk would have been under the branch's settings. Raises ValueError, one sentence, where that cannot be.
+    """
+    if (point := branch_point(config)) is None:
+        return None
+    check_trunk(point, config)
+    try:
+        parts = read_checkpoint(point)
+        averages = load_file(point / EMA_FILE) if ema is not None and (point / EMA_FILE).exists() else None
+    except UNREADABLE as error:
+        raise ValueError(f"init: {point} is no whole checkpoint ({' '.join(str(error).split())})") from None
+    if config.last_step <= parts.progress.step:
+        raise ValueError(
+            f"init: {point} has {parts.progress.step} steps behind it, which count: give more than "
+            f"{config.last_step} steps"
+        )
+    fill(model, optimizer, parts, point)
+    if averages is not None:
+        ema.fill(averages)
+    elif ema is not None:
+        ema.begin(model)
+    return parts.progress
+
+
+def check_trunk(point: Path, config: TrainConfig) -> None:
+    """Refuse a trunk with another model, tokenizer or kind of optimizer; all other settings may differ."""
+    saved = point.parent.parent / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"init: {point} is no checkpoint in a run folder: there is no {saved}")
+    trunk, branch = flatten(OmegaConf.to_container(OmegaConf.load(saved))), flatten(as_tree(config))
+    trunk.setdefault("optim.name", "adamw")
+    for key in sorted(trunk.keys() | branch.keys()):
+        if key.startswith(("model.", "tokenizer", "optim.name")) and trunk.get(key) != branch.get(key):
+            raise ValueError(f"init: the run of {point} has {key}={trunk.get(key)!r}, not {branch.get(key)!r}")

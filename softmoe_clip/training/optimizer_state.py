@@ -1,0 +1,120 @@
+"""An optimizer's state as named tensors, exact for any optimizer that holds tensors and numbers, and back again."""
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+GROUP = "group "  # no parameter has a space in its name
+SETTINGS = {"params", "lr", "lr_scale", "weight_decay"}  # of a group: the run's config has them, no step changes them
+# Numbers that are no tensors: what a tensor of them is called in the file, how it is made, how it is read.
+NUMBERS = {bool: ("bool", torch.bool), int: ("int", torch.int64), float: ("float", torch.float64)}
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that holds the state: inside Accelerate's wrapper and timm's Lookahead."""
+    for wrapped in ("optimizer", "_base_optimizer"):
+        optimizer = getattr(optimizer, wrapped, optimizer)
+    return optimizer
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the state as tensors named `<parameter>|<entry>`, independent of group order; numbers end in `|int`.
+
+    What steps have written into a group, as LAMB its step, is called `group 0|<entry>`. Raises ValueError for anything
+    that is neither a tensor nor a number.
+    """
+    inner = innermost(optimizer)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in inner.state.get(parameter, {}).items():
+            tensors |= as_tensor(f"{name}|{entry}", value)
+    for number, group in enumerate(inner.param_groups):
+        for entry in group.keys() - SETTINGS:
+            if entry not in inner.defaults or differs(group[entry], inner.defaults[entry]):
+                tensors |= as_tensor(f"{GROUP}{number}|{entry}", group[entry])
+    return tensors
+
+
+def differs(value: object, default: object) -> bool:
+    """Tell what a step has changed from what stands in the group from the start."""
+    return isinstance(value, Tensor) or (value is not default and value != default)
+
+
+def as_tensor(key: str, value: object) -> dict[str, Tensor]:
+    """Return a tensor under its key, a number as a tensor of nothing else, nothing (None) as no value at all."""
+    if isinstance(value, Tensor):
+        return {key: value}
+    if value is None:
+        return {f"{key}|none": torch.empty(0)}
+    if type(value) not in NUMBERS:
+        raise ValueError(f"it keeps a {type(value).__name__} ({key}), which a checkpoint cannot hold")
+    kind, dtype = NUMBERS[type(value)]
+    return {f"{key}|{kind}": torch.tensor(value, dtype=dtype)}
+
+
+def fill_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned; raises RuntimeError where it is not of this model or its groups."""
+    inner, parameters = innermost(optimizer), dict(model.named_parameters())
+    groups = {parameter: group for group in inner.param_groups for parameter in group["params"]}
+    inner.state.clear()
+    for key, tensor in tensors.items():
+        owner, entry, *kind = key.split("|")
+        value = tensor if not kind else None if kind == ["none"] else tensor.item()
+        if owner.startswith(GROUP):
+            if (number := int(owner.removeprefix(GROUP))) >= len(inner.param_groups):
+                raise RuntimeError(f"the optimizer has no parameter {owner}")
+            inner.param_groups[number][entry] = value
+        elif owner not in parameters:
+            raise RuntimeError(f"no parameter is called {owner}")
+        elif (group := groups.get(parameters[owner])) is not None:  # a branch may freeze what its trunk trained
+            inner.state[parameters[owner]][entry] = placed(entry, value, parameters[owner], group)
+
+
+def placed(entry: str, value: object, parameter: nn.Parameter, group: dict) -> object:
+    """Move a tensor to its parameter's device; a step counter stays on the CPU unless kernels read it, as in torch."""
+    if not isinstance(value, Tensor) or (entry == "step" and not (group.get("fused") or group.get("capturable"))):
+        return value
+    return value.to(parameter.device)
+
+
+def rehearse(make: Callable[[list[dict]], Optimizer]) -> None:
+    """Take a few steps on toy parameters, with a save in between; ValueError if they are not the same after it.
+
+    So an optimizer that cannot be resumed exactly is refused before a run begins, not at its first checkpoint.
+    """
+    model, optimizer = toy(make)
+    for hidden in vars(innermost(optimizer)).values():
+        if isinstance(hidden, random.Random | torch.Generator):
+            raise ValueError("it draws random numbers of its own, which a checkpoint does not hold")
+    toy_steps(model, optimizer, 3)
+    twin, twin_optimizer = toy(make)
+    twin.load_state_dict(model.state_dict())
+    saved = optimizer_tensors(model, optimizer)
+    fill_optimizer(twin, twin_optimizer, {key: tensor.clone() for key, tensor in saved.items()})
+    toy_steps(model, optimizer, 4)
+    toy_steps(twin, twin_optimizer, 4)
+    if any(not torch.equal(parameter, twin[name]) for name, parameter in model.items()):
+        raise ValueError("its steps are not the same after it is saved and loaded")
+
+
+def toy(make: Callable[[list[dict]], Optimizer]) -> tuple[nn.ParameterDict, Optimizer]:
+    """Make an optimizer of parameters of every kind that a tower has, in two groups."""
+    shapes = {"matrix": (4, 3), "experts": (2, 4, 3), "bias": (3,), "scale": ()}
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.linspace(0.1, 1.0, math.prod(shape)).view(shape)) for name, shape in shapes.items()}
+    )
+    parameters = list(model.values())
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+    return model, make([group | {"lr_scale": 1.0} for group in groups])
+
+
+def toy_steps(model: nn.ParameterDict, optimizer: Optimizer, num_steps: int) -> None:
+    """Take steps along gradients that are a function of the parameters, so that a difference grows."""
+    for _ in range(num_steps):
+        for parameter in model.values():
+            parameter.grad = torch.cos(7 * parameter.detach())
+        optimizer.step()
