@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from loss_oracle import NUM_PAIRS, draws, value_and_gradients
 from open_clip.loss import DistillClipLoss
 from safetensors.torch import load_file
-from test_losses import draws, value_and_gradients
 from torch.nn import functional as F
 
 from softmoe_clip.config import DistillConfig, ModelConfig
@@ -47,7 +47,7 @@ def teacher_folder(tmp_path_factory):
 def taught(dtype=torch.float64):
     """What a teacher with wider embeddings makes of the pairs."""
     generator = torch.Generator().manual_seed(9)
-    image, text = (F.normalize(torch.randn(6, 7, generator=generator, dtype=dtype), dim=-1) for _ in range(2))
+    image, text = (F.normalize(torch.randn(NUM_PAIRS, 7, generator=generator, dtype=dtype), dim=-1) for _ in range(2))
     return Taught(image, text, torch.tensor(11.0, dtype=dtype))
 
 
@@ -115,7 +115,8 @@ def one_of_two(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         assert dist.get_world_size() == 2
-        half, (image, text, scale, _) = slice(3 * rank, 3 * rank + 3), draws()
+        size = NUM_PAIRS // 2
+        half, (image, text, scale, _) = slice(size * rank, size * rank + size), draws()
         inputs = [image[half].detach().requires_grad_(), text[half].detach().requires_grad_(), scale]
         part = taught()._replace(image=taught().image[half], text=taught().text[half])
         value, gradients = value_and_gradients(lambda *student: distill_loss(*student, part), *inputs)
@@ -125,7 +126,8 @@ def one_of_two(rank, folder):
 
 
 def a_batch(images, captions):
-    return Batch(images, torch.zeros(len(captions), 4, dtype=torch.int64), [], captions, [], [])
+    ids = torch.zeros(len(captions), dtype=torch.int64)
+    return Batch(images, torch.zeros(len(captions), 4, dtype=torch.int64), ids, ids, [], captions, [], [])
 
 
 def bytes_of(num, side):
