@@ -48,7 +48,7 @@ def read_pair(raw: RawSample) -> Pair:
 
 
 def content_id(content: bytes | str) -> int:
-    """Return the first 64 bits of a hash as a signed number: the same for the same bytes, or text without its margins."""
+    """Return 64 bits of a hash, as a signed number; a text counts without the white space around it."""
     # JSON can hold half a surrogate pair, which is no UTF-8.
     data = content.strip().encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

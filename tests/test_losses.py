@@ -83,29 +83,37 @@ def captions_alone(self, first, num_rows):
     return self.caption_ids[first : first + num_rows, None] == self.caption_ids
 
 
-def softmax_over_the_wrong_axis(logits, targets):
+def first_rows(self, first, num_rows):
+    return alike_rows(self, 0, num_rows)
+
+
+def shared_by_column(logits, targets):
     if targets.is_floating_point():
-        targets = (targets > 0).to(logits) / (targets > 0).sum(0, keepdim=True)  # by column, not by row
+        targets = (targets > 0).to(logits) / (targets > 0).sum(0)
         return -(targets * logits.log_softmax(1)).sum(1).mean()
-    return -logits.log_softmax(0)[range(len(logits)), targets].mean()
+    return cross_entropy(logits, targets)
 
 
+alike_rows, cross_entropy = Duplicates.alike, losses.F.cross_entropy
+ALL, POSITIVES = ("positives", "masked"), ("positives",)
 MUTANTS = {
-    "both": (Duplicates, "alike", both),
-    "captions alone": (Duplicates, "alike", captions_alone),
-    "wrong axis": (losses.F, "cross_entropy", softmax_over_the_wrong_axis),
-    "itself masked": (Duplicates, "alike", lambda self, first, n: torch.eye(NUM_PAIRS).bool()[first : first + n]),
+    "both caption and picture": (ALL, Duplicates, "alike", both),
+    "captions alone": (ALL, Duplicates, "alike", captions_alone),
+    "each chunk's rows are the first": (ALL, Duplicates, "alike", first_rows),
+    "targets on the wrong axis": (POSITIVES, losses.F, "cross_entropy", shared_by_column),
+    "nothing": ((), losses.F, "cross_entropy", cross_entropy),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_loops_over_all_pairs_catch_mutants(mutant, monkeypatch):
-    assert alike(1, 3) and alike(1, 4) and not alike(3, 4)  # else sums over rows and columns would be the same
-    monkeypatch.setattr(*MUTANTS[mutant])
-    for count_as in ("positives", "masked"):
+    assert alike(1, 3) == alike(1, 4) != alike(3, 4)  # else sums over rows and columns would be the same
+    caught, *change = MUTANTS[mutant]
+    monkeypatch.setattr(*change)
+    for count_as in ALL:
         inputs = [t.detach() for t in draws()]
-        found = clip_loss(*inputs, duplicates=duplicates(count_as)).item()
-        assert found != pytest.approx(LOOPS["clip"](*inputs, count_as), rel=1e-6)
+        found = clip_loss(*inputs, duplicates=duplicates(count_as), chunk_size=4).item()
+        assert (found != pytest.approx(LOOPS["clip"](*inputs, count_as), rel=1e-6)) == (count_as in caught)
 
 
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -16,7 +16,8 @@ class Duplicates:
     """Whether pairs that are alike count as positives or are left out, and the ids that say which are.
 
     Two pairs are alike when their captions or their pictures have one id; each pair is like itself. This is no
-    equivalence: one may share its caption with a second and its picture with a third.
+    equivalence: one may share its caption with a second and its picture with a third. Where captions alone repeat,
+    `clip` with positives is `clip` with negatives: equal texts have equal logits, so the sum over them is the same.
     """
 
     count_as: Literal["positives", "masked"]

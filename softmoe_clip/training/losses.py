@@ -47,7 +47,7 @@ def siglip_loss(
 ) -> Scalar:
     """Return the sigmoid loss of SigLIP (arXiv 2303.15343): summed over the texts of a row, mean over the pictures.
 
-    Duplicates that are positives have the sign of a pair; masked ones are not in the sum. The rest is as in `clip_loss`.
+    Duplicates that are positives have the sign of a pair, masked ones are not in the sum; all else as in `clip_loss`.
     """
     loss = partial(sigmoid_rows, offset=local_offset(len(image)), duplicates=of_everyone(duplicates))
     return over_rows(loss, image, gather_with_grad(text), logit_scale, logit_bias, chunk_size)
