@@ -77,6 +77,23 @@ def test_a_run_with_masks_that_stops_goes_on_to_the_same_bits_and_in_chunks_to_t
     assert metrics(other)[0]["loss"] != metrics(whole)[0]["loss"]
 
 
+def test_half_precision_can_be_chunked(config):
+    from accelerate.state import AcceleratorState
+
+    from softmoe_clip.training.loop import train
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision than that of the runs before
+    try:
+        whole, chunked = (
+            metrics(train(config(name, "siglip", "precision=bf16", "steps=2", *cut)))
+            for name, cut in (("whole", ()), ("chunked", ("chunk_size=6",)))
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("loss", "gradient_norm"):
+        assert chunked[0][name] == pytest.approx(whole[0][name], rel=0.03)
+
+
 def test_chunk_size_counts_pairs_from_one(config):
     with pytest.raises(ValueError, match="chunk_size counts pairs from 1, got 0: leave it out for no chunks"):
         config("run", "clip", "chunk_size=0")
