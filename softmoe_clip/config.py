@@ -177,6 +177,10 @@ class EvalConfig:
     suite: str | None = None
 
 
+# What Accelerate knows; each but tensorboard is a package of its own.
+Tracker = Literal["tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run: what is trained, on what, how long, and where it is written."""
@@ -201,6 +205,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 200
     keep_last: int = 2
+    trackers: tuple[Tracker, ...] = ("tensorboard",)  # where numbers go beside metrics.jsonl
 
     def __post_init__(self):
         if (self.steps is None) == (self.samples is None):
@@ -216,6 +221,8 @@ class TrainConfig:
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
         check_expressions("freeze", self.freeze)
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
 
     @property
     def last_step(self) -> int:
@@ -231,6 +238,7 @@ MAY_CHANGE_AT_RESUME = (
     "log_every",
     "checkpoint_every",
     "keep_last",
+    "trackers",
     "eval",
     "data.num_workers",
     "data.cache",

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -97,3 +97,16 @@ def over_processes(value: Tensor, reduce: Literal["mean", "sum", "max"]) -> Tens
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is up in at least one process, the same answer in all of them."""
     return bool(over_processes(torch.tensor(int(flag), device=device), "max"))
+
+
+def rank() -> int:
+    """Return the number of this process among those that compute together."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, in rank order; for what is no tensor, and rare: they are pickled."""
+    everyone = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
