@@ -17,6 +17,7 @@ VERBS = (
     "train-tokenizer",
     "train",
     "config",
+    "plot",
     "eval",
     "compare",
     "embed",
@@ -195,6 +196,7 @@ MISTAKES = {
         "this machine has",
     ),
     "more experts than memory": (["train", "{yaml}", "model.image_moe.num_experts=1000000000000"], "this machine has"),
+    "no run to draw": (["plot", "nowhere"], "nowhere holds no run"),
     "no data for the demo": (["demo", "--data", "nowhere"], "nowhere"),
 }
 
