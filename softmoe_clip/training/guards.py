@@ -72,7 +72,7 @@ def not_finite(
     batch: Batch,
     towers: nn.Module,
     again: Callable[[], Any],
-    numbers: dict[str, float],
+    numbers: dict[str, int | float],
     norms: GradientNorms | None = None,
 ) -> ValueError:
     """Write `run/not_finite/step_00000005.json` and return the error for every process to raise, the same in all.
