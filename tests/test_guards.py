@@ -93,10 +93,9 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_reason(four_steps, ti
         train(tiny_config("steps=6", "optim.schedule=constant"))
 
 
-def test_a_large_batch_does_not_fill_the_screen(four_steps, tiny_config, tmp_path):
-    broken_run(four_steps, tmp_path, "logit_scale", float("nan"))
+def test_a_large_batch_does_not_fill_the_screen(tiny_config):
     with pytest.raises(ValueError, match="and 4 more: lower") as stopped:
-        train(tiny_config(f"batch_size={KEYS_TOLD + 4}", "steps=6", "optim.schedule=constant", "out=other"))
+        train(tiny_config(f"batch_size={KEYS_TOLD + 4}", "model.init_logit_scale=.nan"))
     assert len(str(stopped.value).split("keys ")[1].split(" and")[0].split()) == KEYS_TOLD
 
 
@@ -188,7 +187,7 @@ def test_a_parameter_belongs_to_the_tower_that_open_clip_puts_it_in():
 
 
 def test_a_frozen_tower_has_no_norm(tiny_config):
-    run = train(tiny_config("freeze=['^visual']", "steps=1"))
+    run = train(tiny_config("freeze=['^visual']", "steps=2"))
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     norms = {name for name in line if name.startswith("gradient_norm")}
     assert norms == {"gradient_norm", "gradient_norm/text", "gradient_norm/others"}

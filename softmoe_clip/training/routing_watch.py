@@ -1,5 +1,6 @@
 """Say in one line when the routing of a layer collapses, and when it comes back: once per change, not per step."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -77,6 +78,8 @@ class RoutingWatch:
 
     def change(self, name: str, sign: Sign, value: float, step: int) -> bool | None:
         """Return True when a sign begins to show, False when it ends, None while all stays as it was."""
+        if math.isnan(value):
+            return None
         room, low, shown = max(0.0, sign.room(value)), sign.low, self.shown.get(name, False)
         if sign.of_best is not None:
             self.best[name] = max(room, self.best.get(name, 0.0))
