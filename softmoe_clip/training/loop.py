@@ -27,7 +27,7 @@ from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import adamw, schedule
-from softmoe_clip.training.routing_watch import RoutingWatch
+from softmoe_clip.training.routing_watch import RoutingWatch, watched_layers
 from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 from softmoe_clip.training.trackers import check_trackers
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> Path:
     model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step, config.trackers, as_tree(config)) if is_main else nullcontext()
-    watch = RoutingWatch(config.model, config.optim.warmup, log.lines_before if is_main else ())
+    watch = RoutingWatch(watched_layers(towers), config.optim.warmup, log.lines_before if is_main else ())
     ledger, num_replaced = run / "skipped.jsonl", 0
     if is_main:
         cut_back_ledger(ledger, done.step)
