@@ -73,7 +73,7 @@ def figure_of(runs: Sequence[RunSeries], metrics: Sequence[str], x: XAxis):
     from matplotlib.figure import Figure
 
     names = max(len(shortened(run.name)) for run in runs)
-    right = 60 if len(runs) == 1 else 24 + 6.4 * names
+    right = 80 if len(runs) == 1 else 24 + 6.4 * names
     # As many rows as the names need: eight of them must find room beside a chart.
     width, height = PANEL[0], max(PANEL[1], LINE * len(runs))
     columns = min(len(metrics), 2 if len(metrics) <= 4 else 3)
@@ -119,7 +119,7 @@ def draw(axes, runs: Sequence[RunSeries], metric: str, x: XAxis, height: float) 
     if metric.startswith("gradient_norm") and (drawn > 0).all() and drawn.max() > SPREAD * drawn.min():
         logarithmic(axes, subs=(1,) if drawn.max() > 1000 * drawn.min() else (1, 3))
     if x == "minutes":
-        axes.xaxis.get_major_locator().set_params(integer=False)
+        axes.xaxis.get_major_locator().set_params(integer=False, steps=[1, 2, 2.5, 5, 10])
         axes.xaxis.set_major_formatter(lambda minutes, _: f"{minutes:.3g}")
     axes.set_title(title, loc="left", fontsize=13, color="#2b2723", pad=9)
     axes.set_xlabel(X_TITLES[x], fontsize=11, color=ON_PAPER.soft, labelpad=2)
