@@ -16,6 +16,7 @@ VERBS = (
     data.train_tokenizer,
     training.train,
     training.config,
+    training.plot,
     search.eval,
     search.compare,
     search.embed,

@@ -152,6 +152,10 @@ class EvalConfig:
     suite: str | None = None
 
 
+# What Accelerate knows; each but tensorboard is a package of its own.
+Tracker = Literal["tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run: what is trained, on what, how long, and where it is written."""
@@ -183,8 +187,9 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 200
     keep_last: int = 2  # of the newest checkpoints
-    working_folder: str | None = None  # where a run at a URL is trained; None: a folder in this user's cache
     keep_every: int = 0  # and for good each checkpoint at a multiple of so many steps; 0: none
+    working_folder: str | None = None  # where a run at a URL is trained; None: a folder in this user's cache
+    trackers: tuple[Tracker, ...] = ("tensorboard",)  # where numbers go beside metrics.jsonl
 
     def __post_init__(self):
         if (self.steps is None) == (self.samples is None):
@@ -212,6 +217,8 @@ class TrainConfig:
         if self.working_folder is not None and "://" not in self.out:
             raise ValueError(f"working_folder is for a run at a URL, but out is the folder {self.out}: leave it out")
         check_expressions("freeze", self.freeze)
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
 
     @property
     def last_step(self) -> int:
@@ -230,6 +237,7 @@ MAY_CHANGE_AT_RESUME = (
     "checkpoint_every",
     "keep_last",
     "keep_every",
+    "trackers",
     "eval",
     "data.num_workers",
     "data.cache",

@@ -17,6 +17,7 @@ VERBS = (
     "train-tokenizer",
     "train",
     "config",
+    "plot",
     "eval",
     "compare",
     "embed",
@@ -190,11 +191,9 @@ MISTAKES = {
     "an architecture that nobody knows": (["summary", "SoftMoE-dmo"], "did you mean 'SoftMoE-demo'"),
     "no experts": (["train", "{yaml}", "model.image_moe.num_experts=0"], "at least one expert and one slot"),
     "a layer that is not there": (["train", "{yaml}", "model.image_moe.layers=[7]"], "blocks are 0 to 1"),
-    "more slots than memory": (
-        ["train", "{yaml}", "model.image_moe.slots_per_expert=1000000000000"],
-        "this machine has",
-    ),
+    "more slots than memory": (["train", "{yaml}", "model.image_moe.slots_per_expert=1000000000000"], "this machine"),
     "more experts than memory": (["train", "{yaml}", "model.image_moe.num_experts=1000000000000"], "this machine has"),
+    "no run to draw": (["plot", "nowhere"], "nowhere holds no run"),
     "no data for the demo": (["demo", "--data", "nowhere"], "nowhere"),
 }
 

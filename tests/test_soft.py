@@ -210,11 +210,15 @@ def test_a_collector_sees_entropies_largest_weights_and_the_scale(layer, tokens)
         layer(tokens)
     routing, found = layer.route(tokens), collected.means()["soft_moe"]
     dispatch, combine = (weights.flatten(2) for weights in routing)
+    slots = [[image.T @ weights[:, i] for i in range(8)] for image, weights in zip(tokens, dispatch, strict=True)]
+    pairs = [(image[i], image[j]) for image in slots for i in range(8) for j in range(i)]
     expected = {
         "dispatch_entropy": -(dispatch * dispatch.log()).sum(1).mean() / np.log(7),
         "combine_entropy": -(combine * combine.log()).sum(2).mean() / np.log(8),
         "dispatch_max": dispatch.amax(1).mean(),
         "combine_max": combine.amax(2).mean(),
+        "slot_similarity": torch.stack([torch.cosine_similarity(*pair, dim=0) for pair in pairs]).mean(),
+        "dead_experts": torch.zeros(()),
         "router_scale": layer.router_scale,
     }
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)

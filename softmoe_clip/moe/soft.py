@@ -67,10 +67,10 @@ class SoftMoE(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """Mix the raw tokens into slots (they are normalised for the logits only), run the experts, mix back."""
         routing = self.route(tokens, mask)
-        if stats.is_collecting():
-            stats.report(self.label, routing.dispatch, routing.combine, self.router_scale, mask)
         dispatch, combine = (weights.flatten(2).to(tokens.dtype) for weights in routing)
         slots = dispatch.transpose(1, 2) @ without_padding(tokens, mask)
+        if stats.is_collecting():
+            stats.report(self.label, routing.dispatch, routing.combine, slots, self.router_scale, mask)
         slots = self.experts(slots.unflatten(1, routing.dispatch.shape[2:]))
         return combine @ slots.flatten(1, 2)
 

@@ -7,6 +7,11 @@ from math import log
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
+
+# An expert is dead where it gets less than this part of an equal share. In the paper's own layers (arXiv 2308.00951,
+# appendix on inspection) the mean combine weights of experts differ by 3 to 14 times: a hundredth is far outside.
+DEAD_SHARE = 0.01
 
 _open: list["CollectedRouting"] = []
 
@@ -30,11 +35,14 @@ class CollectedRouting:
         return total
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Average each statistic of each layer over its calls."""
-        return {
-            label: {name: torch.stack([report[name] for report in reports]).mean().item() for name in reports[0]}
-            for label, reports in self.reports.items()
-        }
+        """Average each statistic of each layer over its calls; experts are dead in all of them together."""
+        found = {}
+        for label, reports in self.reports.items():
+            means = {name: torch.stack([report[name] for report in reports]).mean(0) for name in reports[0]}
+            if (usage := means.pop("usage", None)) is not None:
+                means["dead_experts"] = (usage < DEAD_SHARE / usage.shape[0]).float().mean()
+            found[label] = {name: mean.item() for name, mean in means.items()}
+        return found
 
     def summary(self) -> dict[str, float]:
         """Give the same numbers flat, for a log: `routing/<layer>/<statistic>`."""
@@ -48,9 +56,12 @@ def collect_routing(statistics: bool = True) -> Iterator[CollectedRouting]:
     """Open a collector: every MoE layer that runs inside reports under its label, a sparse one its losses as well.
 
     Soft layers: `dispatch_entropy`, `combine_entropy` (1 is uniform), `dispatch_max`, `combine_max` (mean largest
-    weight of a slot, of a token), `router_scale`. Sparse ones: `gate_entropy`, `gate_max`, `dropped` (share of tokens
-    that no expert took), `filled` (share of slots that hold a token), `load_max`, `load_min` (tokens of the busiest and
-    the idlest expert, 1 is the mean), and their losses. Without `statistics` only what `aux_loss` needs is collected.
+    weight of a slot, of a token), `slot_similarity` (mean cosine of the inputs of two slots of one image),
+    `dead_experts` (share of experts whose slots together get less than DEAD_SHARE / e of all combine weights),
+    `router_scale`. Sparse ones: `gate_entropy`, `gate_max`, `dropped` (share of tokens that no expert took), `filled`
+    (share of slots that hold a token), `load_max`, `load_min` (tokens of the busiest and the idlest expert, 1 is the
+    mean), `dead_experts` (the same of tokens taken), and their losses. Shares are those of this process's
+    part of a batch. Without `statistics` only what `aux_loss` needs is collected.
     """
     collected = CollectedRouting(statistics)
     _open.append(collected)
@@ -97,10 +108,15 @@ def report(
     label: str,
     dispatch: Float[Tensor, "b n e s"],
     combine: Float[Tensor, "b n e s"],
+    slots: Float[Tensor, "b slots d"],
     router_scale: Float[Tensor, ""] | None,
     mask: Bool[Tensor, "b n"] | None,
 ) -> None:
-    """Give one layer's statistics to every open collector; padding and examples of it alone are left out."""
+    """Give one layer's statistics to every open collector; padding and examples of it alone are left out.
+
+    `slots` are the experts' inputs.
+    """
+    per_expert = combine.sum(3)
     dispatch, combine = dispatch.flatten(2), combine.flatten(2)
     # Products with 0 and 1 instead of indexing: shapes that depend on the data would break a compiled graph.
     real = dispatch.new_ones(dispatch.shape[:2]) if mask is None else mask.to(dispatch.dtype)
@@ -110,15 +126,27 @@ def report(
     # A lone token, or a lone slot, has nothing to choose between: its entropy is 0, not 0 / 0.
     dispatch_entropy = torch.special.entr(dispatch).sum(1).mean(1) / lengths.log().clamp(min=1e-30)
     combine_entropy = torch.special.entr(combine).sum(2) / max(log(combine.shape[2]), 1e-30)
+    usage = (per_expert * tokens[..., None]).sum((0, 1))
     statistics = {
         "dispatch_entropy": (dispatch_entropy * examples).sum(),
         "combine_entropy": (combine_entropy * tokens).sum(),
         "dispatch_max": (dispatch.amax(1).mean(1) * examples).sum(),
         "combine_max": (combine.amax(2) * tokens).sum(),
+        "slot_similarity": (mean_cosine(slots) * examples).sum(),
+        "usage": usage,
     }
     if router_scale is not None:
         statistics["router_scale"] = router_scale.clone()
     add_statistics(label, statistics)
+
+
+def mean_cosine(slots: Float[Tensor, "b slots d"]) -> Float[Tensor, " b"]:
+    """Return the mean cosine over all pairs of different slots, 0 where there is no pair; an empty slot is left out."""
+    # The sum over all pairs is the squared length of the sum: as cheap as one pass, without a (slots, slots) matrix.
+    directions = F.normalize(slots.float(), dim=2)
+    num_filled = directions.square().sum((1, 2))
+    pairs = directions.sum(1).square().sum(1) - num_filled
+    return pairs / (num_filled * (num_filled - 1)).clamp(min=1)
 
 
 @torch.no_grad()
@@ -138,5 +166,6 @@ def report_sparse(
         "filled": dispatch.any(1).float().mean(),
         "load_max": loads.amax(1).mean(),
         "load_min": loads.amin(1).mean(),
+        "usage": dispatch.sum((0, 1, 3)) / dispatch.sum().clamp(min=1),
     }
     add_statistics(label, statistics | {f"{name}_loss": loss.mean() for name, loss in aux_losses.items()})

@@ -211,9 +211,8 @@ def drawn_png(chart: Chart) -> bytes:
     """Draw for anything else."""
     from matplotlib import rc_context
 
-    real = dict(zip(ON_PAGE, ON_PAPER, strict=True))
     file = io.BytesIO()
-    with rc_context({name: real.get(value, value) for name, value in STYLE.items()}):
+    with rc_context(paper_style()):
         figure = figure_of(chart, ON_PAPER, title=True)
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -221,6 +220,12 @@ def drawn_png(chart: Chart) -> bytes:
             )  # words in scripts that matplotlib's font lacks become boxes; the page has them
             figure.savefig(file, format="png", dpi=144, facecolor=PAPER, metadata={"Software": None})
     return file.getvalue()
+
+
+def paper_style() -> dict:
+    """The page's style in its light colours, for pictures that stand alone."""
+    real = dict(zip(ON_PAGE, ON_PAPER, strict=True))
+    return {name: real.get(value, value) for name, value in STYLE.items()}
 
 
 def percent(share: float) -> str:

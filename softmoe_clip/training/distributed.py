@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -114,3 +114,16 @@ def check_same_everywhere(what: str, value: int, device: torch.device) -> None:
             f"{what} is {least} for one process and {most} for another: "
             "out must be a folder that all machines share, or a URL"
         )
+
+
+def rank() -> int:
+    """Return the number of this process among those that compute together."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, in rank order; for what is no tensor, and rare: they are pickled."""
+    everyone = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import nn
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
@@ -23,6 +24,7 @@ from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
+from softmoe_clip.training.guards import GradientNorms, gradient_norms, must_stop, not_finite
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
@@ -30,9 +32,11 @@ from softmoe_clip.training.measure import check_measured, measure
 from softmoe_clip.training.optim import make_optimizer, schedule
 from softmoe_clip.training.rates import rate_lines
 from softmoe_clip.training.remote_run import run_at
-from softmoe_clip.training.run_folder import Stopped, begin, is_finished, newest_step, say
+from softmoe_clip.training.routing_watch import RoutingWatch, watched_layers
+from softmoe_clip.training.run_folder import Stopped, as_tree, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 from softmoe_clip.training.step import Stepper, check_chunk_size
+from softmoe_clip.training.trackers import check_trackers
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
 
@@ -56,6 +60,7 @@ def train(config: TrainConfig) -> Path:
 
     shards = open_train(config.data)
     check_measured(config)
+    check_trackers(config.trackers)
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
@@ -93,7 +98,8 @@ def train(config: TrainConfig) -> Path:
         accelerator.backward,
         partial(accelerator.no_sync, model),
     )
-    log = RunLog(run, done.step) if is_main else nullcontext()
+    log = RunLog(run, done.step, config.trackers, as_tree(config)) if is_main else nullcontext()
+    watch = RoutingWatch(watched_layers(towers), config.optim.warmup, log.lines_before if is_main else ())
     ledger, num_replaced = run / "skipped.jsonl", 0
     if is_main:
         cut_back_ledger(ledger, done.step)
@@ -119,6 +125,19 @@ def train(config: TrainConfig) -> Path:
             place.upload(done.step)
         accelerator.wait_for_everyone()
 
+    def broken(what: str, value: float, norms: GradientNorms | None = None) -> ValueError:
+        numbers = {
+            "samples_seen": done.samples_seen,
+            "loss": loss_value,
+            "aux_loss": aux_value,
+            "lr": learning_rate(done.step),
+            "logit_scale": towers.logit_scale.exp().item(),
+        }
+        again = partial(stepper.embed_all, batch)
+        return not_finite(
+            what, value, run=run, step=step, batch=batch, towers=towers, again=again, numbers=numbers, norms=norms
+        )
+
     accelerator.wait_for_everyone()
     batches = batches_of(shards)(
         shards,
@@ -139,6 +158,7 @@ def train(config: TrainConfig) -> Path:
     with place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
         train_mode(model)
         since, pairs_since = perf_counter(), 0
+        begun = since - (log.seconds_before() if is_main else 0.0)  # so that `seconds` goes on, too
         for batch in batches:
             step = done.step + 1
             reports = every(config.log_every, step, config.last_step)
@@ -150,10 +170,13 @@ def train(config: TrainConfig) -> Path:
 
             loss, aux_loss, routing = stepper.forward_backward(batch, statistics=reports)
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
-            check_finite("loss", loss_value + aux_value, step, batch.keys)
-            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
-            if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
-                check_finite("gradient norm", float(gradient_norm), step, batch.keys)
+            if not math.isfinite(loss_value + aux_value):
+                raise broken("loss", loss_value + aux_value)
+            accelerator.unscale_gradients()
+            norms = gradient_norms(towers)
+            if must_stop(norms.total.item(), accelerator):
+                raise broken("gradient norm", norms.total.item(), norms)
+            nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_norm or math.inf, norms.total)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if config.loss == "clip":
@@ -182,14 +205,18 @@ def train(config: TrainConfig) -> Path:
                     **({"distill_loss": distill_value} if teacher is not None else {}),
                     "lr": learning_rate(step - 1),
                     "logit_scale": towers.logit_scale.exp().item(),
-                    "gradient_norm": float(gradient_norm),
+                    **norms.by_tower(),
+                    "seconds": perf_counter() - begun,
                     "pairs_per_second": pairs_since / (perf_counter() - since),
                     "replaced": replaced,
                     **routing.summary(),
                 }
                 log.write(step, numbers)
+                for line in watch.changes(step, numbers):
+                    say(line)
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
+                measuring = perf_counter()
                 if is_main:
                     with ema.in_place(towers) if ema is not None else nullcontext():
                         numbers = measure(loaded, config, run, step, device)
@@ -200,6 +227,7 @@ def train(config: TrainConfig) -> Path:
                 accelerator.wait_for_everyone()
                 train_mode(model)
                 since, pairs_since = perf_counter(), 0
+                begun += since - measuring
             if stopping or every(config.checkpoint_every, step, config.last_step):
                 checkpoint()
             if stopping and not is_last:
@@ -226,12 +254,6 @@ def check_batch_size(batch_size: int, num_processes: int, group_size: int = 1) -
             f"each of the {num_processes} processes gets {batch_size // num_processes} images, which do not divide "
             f"into routing groups of {group_size}: change batch_size or group_size"
         )
-
-
-def check_finite(what: str, value: float, step: int, keys: list[str]) -> None:
-    """Stop before weights that are no numbers reach a checkpoint."""
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {value} at step {step}, sample keys {' '.join(keys)}: lower optim.lr")
 
 
 @contextmanager

@@ -64,10 +64,11 @@ def write_facts(run: Path, facts: dict) -> None:
 def note_changes(run: Path, facts: dict, now: dict) -> None:
     """Say what is not as it was when the run began, and add it to its facts: the last bits may differ from there on."""
     changed = {name: value for name, value in now.items() if name in facts and facts[name] != value}
-    if changed.keys() == {"threads"}:
+    told = {name: value for name, value in changed.items() if name != "git_here"}  # the user's own work: no bit of ours
+    if told.keys() == {"threads"}:
         say(f"this run began with {facts['threads']} threads, now {now['threads']}: the last bits will differ")
-    elif changed:
-        then = ", ".join(f"{name} {facts[name]} (now {value})" for name, value in changed.items())
+    elif told:
+        then = ", ".join(f"{name} {facts[name]} (now {value})" for name, value in told.items())
         say(f"this run began with {then}: the last bits may differ")
     if changed and (not facts.get("later") or facts["later"][-1] != {"after_step": newest_step(run)} | changed):
         facts.setdefault("later", []).append({"after_step": newest_step(run)} | changed)

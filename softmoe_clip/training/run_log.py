@@ -1,46 +1,62 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard, versions; cut back to the checkpoint when a run goes on."""
+"""What a run leaves to read: metrics.jsonl, trackers, versions; cut back to the checkpoint when a run goes on."""
 
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from softmoe_clip.training.trackers import start_trackers
 
 REPORTED_PACKAGES = ("softmoe-clip", "torch", "torchvision", "open-clip-torch", "timm", "accelerate", "numpy", "pillow")
 
 
 class RunLog:
-    """Append one line of numbers at a time to metrics.jsonl and TensorBoard, in a `with`; the main process has one."""
+    """Append one line of numbers at a time to metrics.jsonl and the trackers, in a `with`; the main process has one.
 
-    def __init__(self, folder: Path, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
+    `lines_before` are those that the run wrote before, up to its checkpoint; `settings` are what trackers show of it.
+    """
 
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: dict[str, Any] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        cut_back(folder / "metrics.jsonl", first_step)
+        self.lines_before = cut_back(folder / "metrics.jsonl", first_step)
+        self.trackers = start_trackers(trackers, folder, first_step, settings or {})
         self.lines = (folder / "metrics.jsonl").open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, numbers: dict[str, int | float]) -> None:
         """Write the numbers of one step, at once, so that a kill loses nothing."""
         self.lines.write(json.dumps({"step": step, **numbers}) + "\n")
         self.lines.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
+
+    def seconds_before(self) -> float:
+        """Return how long the run had trained when it wrote its last line."""
+        return max((line["seconds"] for line in self.lines_before if "seconds" in line), default=0.0)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error) -> None:
         self.lines.close()
-        self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
-def cut_back(file: Path, last_step: int) -> None:
-    """Drop lines of steps after `last_step`, and a line that a kill left unfinished."""
+def cut_back(file: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drop lines of steps after `last_step`, and a line that a kill left unfinished; return the others."""
     if not file.exists():
-        return
-    kept = []
+        return []
+    kept, entries = [], []
     for line in file.read_text().splitlines():
         try:
             entry = json.loads(line)
@@ -48,9 +64,11 @@ def cut_back(file: Path, last_step: int) -> None:
             continue
         if entry.get("step", 0) <= last_step:
             kept.append(line + "\n")
+            entries.append(entry)
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, file)
+    return entries
 
 
 def environment() -> dict[str, object]:

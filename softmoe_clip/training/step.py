@@ -77,15 +77,24 @@ class Stepper:
         The first pass keeps nothing but embeddings. The loss gives their gradients, which the second pass, with the
         same masks, carries into the towers. Logit scale and bias get theirs from the loss, once.
         """
-        starts = range(0, len(batch.positions), self.chunk_size)
-        chunks = [slice(start, min(start + self.chunk_size, len(batch.positions))) for start in starts]
+        chunks = self.chunks(batch)
         with collect_routing(statistics=statistics) as routing, torch.no_grad(), self.no_sync():
-            embedded = joined([self.embed_chunk(batch, rows) for rows in chunks])
+            embedded = self.embed_all(batch)
         loss, gradients = self.embedding_gradients(batch, embedded)
         for rows in chunks:
             with self.no_sync() if rows is not chunks[-1] else nullcontext(), self.drawing(batch, rows):
                 self.backward(self.surrogate(batch, rows, gradients, is_last=rows is chunks[-1]))
         return Outcome(loss, routing.aux_loss().to(loss), routing)
+
+    def chunks(self, batch: Batch) -> list[slice]:
+        """Cut the rows of a batch."""
+        size = self.chunk_size or len(batch.positions)
+        starts = range(0, len(batch.positions), size)
+        return [slice(start, min(start + size, len(batch.positions))) for start in starts]
+
+    def embed_all(self, batch: Batch) -> Embedded:
+        """Embed a batch chunk by chunk, as the step does."""
+        return joined([self.embed_chunk(batch, rows) for rows in self.chunks(batch)])
 
     def embed_chunk(self, batch: Batch, rows: slice) -> Embedded:
         """Embed some rows with the masks of their positions."""

@@ -83,3 +83,20 @@ def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()]
         OmegaConf.to_yaml(OmegaConf.create(as_tree(load_strict(TrainConfig, find_config(config), overrides or [])))),
         end="",
     )
+
+
+def plot(
+    runs: Annotated[list[str], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option(help="picture to write: .png, .svg or .pdf")] = Path("plot.png"),
+    metric: Annotated[
+        list[str] | None, typer.Option(help="a metric, or a pattern such as 'eval/*'; again for more; else the usual")
+    ] = None,
+    x: Annotated[str, typer.Option(help="step, samples_seen or minutes")] = "step",
+):
+    """Draw several runs in one picture: losses, metrics, learning rate, gradient norm, routing.
+
+    Example: softmoe-clip plot runs/a runs/b --x minutes
+    """
+    from softmoe_clip.report.run_plots import plot
+
+    print(plot(runs, out, metric or (), x))
