@@ -79,7 +79,9 @@ def write_shards(folder: Path, num_pictures: int) -> None:
             shard.write({"__key__": f"{number:09}", "jpg": data.getvalue(), "txt": "noise with a spectrum"})
 
 
-def ours(shards: Path, scale: tuple[float, float]) -> Iterator:
+def ours(
+    shards: Path, scale: tuple[float, float], image_size: int = IMAGE_SIZE, batch_size: int = BATCH_SIZE
+) -> Iterator:
     """Our batches, tokens and all."""
     from softmoe_clip.data_pipelines.loader import train_batches
     from softmoe_clip.data_pipelines.pictures import RandomCrop
@@ -87,28 +89,30 @@ def ours(shards: Path, scale: tuple[float, float]) -> Iterator:
     from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
     from softmoe_clip.data_pipelines.transforms import Augment
 
-    picture = RandomCrop(IMAGE_SIZE, Augment(crop_scale=scale))
-    settings = {"picture": picture, "batch_size": BATCH_SIZE, "seed": 0, "num_batches": 1_000_000}
+    picture = RandomCrop(image_size, Augment(crop_scale=scale))
+    settings = {"picture": picture, "batch_size": batch_size, "seed": 0, "num_batches": 1_000_000}
     return train_batches(ShardSet.open(str(shards)), open_clip_tokenizer(), **settings)
 
 
-def theirs(shards: Path, scale: tuple[float, float]) -> Iterator:
+def theirs(
+    shards: Path, scale: tuple[float, float], image_size: int = IMAGE_SIZE, batch_size: int = BATCH_SIZE
+) -> Iterator:
     """open_clip's transform and tokenizer in a webdataset pipeline, as open_clip_train puts them together."""
     import webdataset
     from open_clip import get_tokenizer
     from open_clip.transform import AugmentationCfg, image_transform
 
-    transform = image_transform(IMAGE_SIZE, is_train=True, aug_cfg=AugmentationCfg(scale=scale))
+    transform = image_transform(image_size, is_train=True, aug_cfg=AugmentationCfg(scale=scale))
     tokenizer = get_tokenizer("ViT-B-32")
     pipeline = [
         webdataset.ResampledShards([str(tar) for tar in sorted(shards.glob("*.tar"))]),
         webdataset.tarfile_to_samples(),
-        webdataset.shuffle(BATCH_SIZE),
+        webdataset.shuffle(batch_size),
         webdataset.decode("pilrgb"),
         webdataset.rename(image="jpg", text="txt"),
         webdataset.map_dict(image=transform, text=lambda text: tokenizer(text)[0]),
         webdataset.to_tuple("image", "text"),
-        webdataset.batched(BATCH_SIZE),
+        webdataset.batched(batch_size),
     ]
     return iter(webdataset.DataPipeline(*pipeline))
 
