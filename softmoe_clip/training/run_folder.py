@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from softmoe_clip.config import MAY_CHANGE_AT_RESUME, TrainConfig, flatten
+from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, flatten
+from softmoe_clip.data_pipelines.config import DataConfig
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
 from softmoe_clip.training.run_log import environment
@@ -89,9 +90,9 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     now = flatten(as_tree(config))
     # Runs that knew no windows mixed all shards; a window that holds them all is the same order.
     one_window = now["data.window"] == 0 or num_shards <= now["data.window"]
-    before.setdefault("optim.name", "adamw")  # as in runs that knew no other
     before.setdefault("data.window", now["data.window"] if one_window else 0)
-    before.setdefault("duplicates", "negatives")  # what they were before there was a choice
+    # A setting that a run did not know yet was then what its default is now.
+    before = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1))) | before
     differences = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
