@@ -195,6 +195,7 @@ class TrainConfig:
     samples: int | None = None
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    expert_parallel: int = 1  # neighbouring processes that share one set of experts out, for towers too large for one
     init: str | None = None  # a model to start from: a run, a model folder, or one of open_clip's
     freeze: tuple[str, ...] = ()  # regular expressions; what they find in the parameters' names is not trained
     lora: LoraConfig | None = None  # low-rank adapters; a parameter that is not named there is then not trained either
@@ -216,6 +217,12 @@ class TrainConfig:
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
         check_expressions("freeze", self.freeze)
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel counts processes from 1, got {self.expert_parallel}")
+        if self.expert_parallel > 1 and self.precision == "fp16":
+            raise ValueError("expert_parallel cannot skip steps in all processes alike, as fp16 must: take bf16")
+        if self.expert_parallel > 1 and self.lora is not None:
+            raise ValueError("expert_parallel has no adapters for experts: leave lora or expert_parallel out")
 
     @property
     def last_step(self) -> int:
@@ -228,6 +235,7 @@ MAY_CHANGE_AT_RESUME = (
     "out",
     "steps",
     "samples",
+    "expert_parallel",
     "log_every",
     "checkpoint_every",
     "keep_last",

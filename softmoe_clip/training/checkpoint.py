@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
+from softmoe_clip.training.expert_parallel import Mesh, load_shares, whole
 
 
 class Progress(NamedTuple):
@@ -23,6 +23,13 @@ class Progress(NamedTuple):
 
     step: int
     samples_seen: int
+
+
+class Whole(NamedTuple):
+    """A model's state and its optimizer's, put together from several processes."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -34,9 +41,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int) -> Path:
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None) -> Whole | None:
+    """Put together, in the main process, what several hold; None where each holds all. All must call this together."""
+    if mesh is None:
+        return None
+    states = model.state_dict(), optimizer_tensors(model, optimizer)
+    return Whole(*(whole(state, model, mesh) for state in states))
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer, progress: Progress, keep_last: int, state: Whole | None = None
+) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; keep the newest `keep_last`.
 
+    `state` is given where this process holds only a part of the model.
     Raises OSError for a full disk; the older checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +62,9 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, progress: Progres
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir()
-        write_tensors(model.state_dict(), temporary / "model.safetensors")
-        write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        weights, moments = state or (model.state_dict(), optimizer_tensors(model, optimizer))
+        write_tensors(weights, temporary / "model.safetensors")
+        write_tensors(moments, temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
@@ -81,7 +100,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
     paths = sorted(folder.glob("step_*"), reverse=True)
     for path in paths:
         try:
-            weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+            weights, moments = (load_shares(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
             progress = Progress(**json.loads((path / "progress.json").read_text()))
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")

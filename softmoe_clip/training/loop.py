@@ -18,8 +18,16 @@ from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
 from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, whole_state
 from softmoe_clip.training.distributed import any_process, make_accelerator, over_processes
+from softmoe_clip.training.expert_parallel import (
+    average_expert_gradients,
+    check_spread,
+    clip_gradients,
+    kept_out_of_ddp,
+    make_mesh,
+    told_of_spread,
+)
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
@@ -52,7 +60,9 @@ def train(config: TrainConfig) -> Path:
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
-    loaded = build(config)
+    mesh = make_mesh(config.expert_parallel, accelerator.num_processes, device)
+    loaded = build(config, None if mesh is None else mesh.row)
+    check_spread(loaded.model, mesh)
     picture = run_picture(config, loaded, shards)
     towers = loaded.model.to(device)
     optimizer = adamw(towers, config.optim)
@@ -61,7 +71,7 @@ def train(config: TrainConfig) -> Path:
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
     accelerator.wait_for_everyone()
     done = load_newest(run / "checkpoints", towers, optimizer, warn=say)
-    model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
+    model, optimizer = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)), optimizer)
     loss_function = LOSSES[config.loss]
     log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0
@@ -70,7 +80,7 @@ def train(config: TrainConfig) -> Path:
         num_replaced = len(read_ledger(ledger))
         pairs = f"{len(shards):,}" if len(shards) else "streamed"
         say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
-        for line in statement(shards):
+        for line in (*statement(shards), *told_of_spread(towers, mesh)):
             say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
@@ -79,10 +89,11 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
+        whole = whole_state(towers, optimizer, mesh)
         if is_main:
             # Before the checkpoint: a finished run, told by its last one, has its model.
-            save(loaded, run / "model", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last)
+            save(loaded, run / "model", whole.weights if whole else merged_weights(towers))
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, whole)
         accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
@@ -123,7 +134,8 @@ def train(config: TrainConfig) -> Path:
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
             check_finite("loss", loss_value + aux_value, step, batch.keys)
             accelerator.backward(loss + aux_loss)
-            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+            average_expert_gradients(towers, mesh)
+            gradient_norm = clip_gradients(towers, accelerator, config.optim.clip_norm, mesh)
             if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
                 check_finite("gradient norm", float(gradient_norm), step, batch.keys)
             optimizer.step()
@@ -157,8 +169,10 @@ def train(config: TrainConfig) -> Path:
                 log.write(step, numbers)
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
+                if is_main or (mesh is not None and mesh.with_main):  # who has a part of the experts must take part
+                    numbers = measure(loaded, config, run, step, device, writes=is_main)
                 if is_main:
-                    if numbers := measure(loaded, config, run, step, device):
+                    if numbers:
                         log.write(step, numbers)
                     if "val/loss" in numbers:
                         say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
