@@ -15,6 +15,10 @@ from softmoe_clip.moe.expert_parallel import ExpertGroup, own_share, spread_over
 from softmoe_clip.moe.install import new_layer
 
 SECONDS = 300
+# What the process that others are forked from imports, for layers alone and for runs. There is one such process for all
+# tests of a session; that which only needs layers must not have started it where runs come later.
+LAYERS_ALONE = ("expert_processes",)
+WHOLE_PROGRAM = ("softmoe_clip.training.loop", "softmoe_clip.plugin", "open_clip", "accelerate")
 WIDTH, HIDDEN, NUM_TOKENS, NUM_IMAGES = 6, 8, 9, 8
 CASES = {
     "soft": {"slots_per_expert": 2},
@@ -130,10 +134,10 @@ def train_process(rank, num_processes, port, configs):
     dist.destroy_process_group()
 
 
-def run_processes(target, num_processes, *arguments):
+def run_processes(target, num_processes, *arguments, preload=WHOLE_PROGRAM):
     """Start as many processes from one that has imported everything, and wait for them."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["softmoe_clip.training.loop", "softmoe_clip.plugin", "open_clip", "accelerate"])
+    context.set_forkserver_preload(list(preload))
     processes = [
         context.Process(target=target, args=(rank, num_processes, *arguments)) for rank in range(num_processes)
     ]

@@ -5,7 +5,15 @@ from copy import deepcopy
 
 import pytest
 import torch
-from expert_processes import CASES, WIDTH, fresh_layer, layer_process, run_processes, train_on
+from expert_processes import (
+    CASES,
+    LAYERS_ALONE,
+    WHOLE_PROGRAM,
+    fresh_layer,
+    layer_process,
+    run_processes,
+    train_on,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,7 +37,8 @@ def part(rank, size=2):
 
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layers_on_several_processes_compute_what_one_computes(tmp_path, num_processes):
-    run_processes(layer_process, num_processes, str(tmp_path))
+    preload = LAYERS_ALONE if num_processes == 2 else WHOLE_PROGRAM
+    run_processes(layer_process, num_processes, str(tmp_path), preload=preload)
     for rank in range(num_processes):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found == {"size": num_processes, "caught": num_processes}
@@ -52,10 +61,10 @@ def test_a_share_starts_with_the_bits_of_the_whole_layer(router, shared_expert):
 
 
 def test_the_full_set_of_experts_is_never_made():
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    class Largest(torch.overrides.TorchFunctionMode):
         size = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
             made = function(*args, **(kwargs or {}))
             if isinstance(made, torch.Tensor):
                 self.size = max(self.size, made.untyped_storage().nbytes() // made.element_size())
@@ -63,8 +72,8 @@ def test_the_full_set_of_experts_is_never_made():
 
     for router in ("soft", "uniform"):
         with Largest() as seen, spread_over(part(1, 8)):
-            new_layer(MoEConfig(router=router, layers=[0], num_experts=64), WIDTH, 64)
-        assert seen.size == 8 * WIDTH * 64
+            new_layer(MoEConfig(router=router, layers=[0], num_experts=64), 32, 64)
+        assert seen.size == 8 * 32 * 64
 
 
 def test_a_model_with_spread_experts_can_be_copied():
@@ -127,7 +136,7 @@ def test_a_checkpoint_of_another_number_of_experts_is_named(tiny_config, tmp_pat
     model = build(tiny_config()).model
     save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), Progress(1, 8), keep_last=1)
     other = build(tiny_config("model.image_moe.num_experts=8"), part(1)).model
-    with pytest.raises(ValueError, match="holds another model than the config describes .*experts.w_in"):
+    with pytest.raises(ValueError, match=r"holds another model than the config describes .*experts\.w_in"):
         load_newest(tmp_path, other, torch.optim.AdamW(other.parameters()), warn=None)
 
 
@@ -162,15 +171,8 @@ def test_runs_with_spread_experts_train_the_model_that_one_process_trains(tiny_c
         return tiny_config(*SETTINGS, f"data.val={scenes}/val", "eval.every=3", *of_run, *overrides)
 
     one = train(config("one", 1))
-    half = ("steps=3", "eval.every=0")
-    train_on(
-        2,
-        config("two", 2),
-        config("begun", 2, "steps=3"),
-        config("begun", 2),
-        config("by_one", 2, "steps=3"),
-        config("by_four", 2, "steps=3"),
-    )
+    halves = [config(name, 2, "steps=3") for name in ("begun", "by_one", "by_four")]
+    train_on(2, config("two", 2), *halves, config("begun", 2))
     train_on(4, config("four", 4), config("two_by_two", 2), config("by_four", 4))
     train(config("by_one", 1))
     for name in ("two", "begun", "four", "two_by_two", "by_one", "by_four"):
