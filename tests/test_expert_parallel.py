@@ -25,6 +25,7 @@ from softmoe_clip.training.checkpoint import load_newest, save_checkpoint
 from softmoe_clip.training.expert_parallel import Mesh, check_spread, load_shares, make_mesh
 from softmoe_clip.training.loop import Progress, train
 
+MOE = "model.image_moe"
 WEIGHTS = "model/open_clip_model.safetensors"
 # A larger eps: Adam divides noise by itself where a gradient should be zero, as that of a key's bias.
 SETTINGS = ("optim.eps=0.0001", "optim.schedule=constant", "steps=6")
@@ -133,18 +134,31 @@ def test_a_share_is_read_from_a_whole_checkpoint(tiny_config, tmp_path):
 
 
 def test_a_checkpoint_of_another_number_of_experts_is_named(tiny_config, tmp_path):
-    model = build(tiny_config()).model
+    model = build(tiny_config(f"{MOE}.router=uniform")).model
     save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), Progress(1, 8), keep_last=1)
-    other = build(tiny_config("model.image_moe.num_experts=8"), part(1)).model
-    with pytest.raises(ValueError, match=r"holds another model than the config describes .*experts\.w_in"):
+    other = build(tiny_config(f"{MOE}.router=uniform", f"{MOE}.num_experts=8"), part(1)).model
+    with pytest.raises(ValueError, match=r"another model than .*experts\.b_in is of 4 experts there, of 8 here"):
         load_newest(tmp_path, other, torch.optim.AdamW(other.parameters()), warn=None)
 
 
-def test_only_the_share_leaves_the_disk(tmp_path, monkeypatch):
+def test_a_share_that_was_read_takes_no_more_memory_than_it_needs(tmp_path):
     layer = fresh_layer("soft", part(1))
     save_file(fresh_layer("soft").state_dict(), tmp_path / "layer.safetensors")
     found = load_shares(tmp_path / "layer.safetensors", layer)
+    assert torch.equal(found["experts.w_in"], layer.experts.w_in)
     assert found["experts.w_in"].untyped_storage().nbytes() == layer.experts.w_in.nbytes
+
+
+def test_a_run_may_start_from_a_whole_model(tiny_config, tmp_path):
+    whole = train(tiny_config("steps=1", "optim.warmup=0"))
+    model = load_file(whole / WEIGHTS)
+    share = build(tiny_config(f"init={whole}"), part(1)).model
+    assert spread_parameters(share)
+    for name, weight in share.state_dict().items():
+        assert torch.equal(weight, own_share(model, share)[name]), name
+    other = f"{MOE}.router=uniform", f"{MOE}.num_experts=8"
+    with pytest.raises(ValueError, match="init: .* is not built as `model` says: .* is of 4 experts there, of 8 here"):
+        build(tiny_config(f"init={whole}", *other), part(1))
 
 
 def metrics(run):

@@ -114,10 +114,21 @@ def spread_parameters(model: nn.Module) -> dict[str, SpreadExperts]:
     }
 
 
+class OtherExperts(ValueError):
+    """Weights are of another number of experts than the model has."""
+
+
 def own_share(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Cut whole tensors to what this process holds of them; what does not fit the model stays as it is."""
+    """Cut whole tensors, by the names of their parameters, to what this process holds of them."""
     cut = dict(state)
     for name, experts in spread_parameters(model).items():
-        if name in cut and len(cut[name]) == experts.num_experts:
+        if name in cut:
+            check_number(name, len(cut[name]), experts)
             cut[name] = cut[name][experts.own.start : experts.own.stop]
     return cut
+
+
+def check_number(name: str, num_there: int, experts: SpreadExperts) -> None:
+    """Refuse other experts here: a smaller number could have the shape of a share."""
+    if num_there != experts.num_experts:
+        raise OtherExperts(f"{name} is of {num_there} experts there, of {experts.num_experts} here")

@@ -15,6 +15,7 @@ from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
+from softmoe_clip.moe.expert_parallel import OtherExperts
 from softmoe_clip.training.expert_parallel import Mesh, load_shares, whole
 
 
@@ -102,6 +103,8 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn) -> Progress:
         try:
             weights, moments = (load_shares(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
             progress = Progress(**json.loads((path / "progress.json").read_text()))
+        except OtherExperts as error:
+            raise another_model(path, error) from None
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
@@ -121,13 +124,18 @@ def fill(model: nn.Module, optimizer, weights: dict, moments: dict, path: Path) 
             raise RuntimeError(f"no parameter is called {min(strangers)}")
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
-            "give another folder as out"
-        ) from None
+        raise another_model(path, error) from None
     optimizer.state.clear()
     for key, value in moments.items():
         name, entry = key.rsplit("|", 1)
         parameter = parameters[name]
         # AdamW's step counter stays where the optimizer made it: on the CPU, unless the optimizer is fused on a GPU.
         optimizer.state[parameter][entry] = value.to(parameter.device)
+
+
+def another_model(path: Path, error: Exception) -> ValueError:
+    """Say that a checkpoint is of another model, and in what."""
+    return ValueError(
+        f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
+        "give another folder as out"
+    )

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from softmoe_clip.moe.expert_parallel import ExpertGroup, spread_parameters
+from softmoe_clip.moe.expert_parallel import ExpertGroup, check_number, spread_parameters
 
 SENT_AT_ONCE = 2**28  # bytes of one process's part of a tensor, on its way into a checkpoint
 
@@ -139,7 +139,7 @@ def gathered(share: Tensor, group: ExpertGroup) -> Tensor:
 
 
 def load_shares(file: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors; of those of spread experts only this process's share leaves the disk."""
+    """Read a checkpoint's tensors; of those of spread experts only this process's share comes into memory."""
     spread = spread_parameters(model)
     if not spread:
         return load_file(file)
@@ -149,8 +149,12 @@ def load_shares(file: Path, model: nn.Module) -> dict[str, Tensor]:
         for key in stored.keys():  # noqa: SIM118  not a dict
             name = key.partition("|")[0]
             experts, there = spread.get(name), stored.get_slice(key)
-            if experts is not None and there.get_shape() == [experts.num_experts, *shapes[name][1:]]:
-                tensors[key] = there[experts.own.start : experts.own.stop]
+            shape = there.get_shape()
+            if experts is not None and key == name:
+                check_number(name, shape[0], experts)
+            if experts is not None and shape == [experts.num_experts, *shapes[name][1:]]:
+                # A slice is a view of the mapped file; without the copy that would stay open for it.
+                tensors[key] = there[experts.own.start : experts.own.stop].clone()
             else:
                 tensors[key] = stored.get_tensor(key)
         return tensors
