@@ -12,7 +12,7 @@ import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
-from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.progress import progress, quietly
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.data_pipelines.transforms import normalise
 from softmoe_clip.models.store import save
@@ -170,7 +170,8 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 if is_main or (mesh is not None and mesh.with_main):  # who has a part of the experts must take part
-                    numbers = measure(loaded, config, run, step, device, writes=is_main)
+                    with nullcontext() if is_main else quietly():
+                        numbers = measure(loaded, config, run, step, device, writes=is_main)
                 if is_main:
                     if numbers:
                         log.write(step, numbers)
