@@ -1,6 +1,7 @@
 """Experts spread over processes: layers and runs give what one process gives, and checkpoints are whole."""
 
 import json
+import re
 from copy import deepcopy
 from shutil import copytree
 
@@ -25,6 +26,7 @@ from softmoe_clip.training.build import build
 from softmoe_clip.training.checkpoint import load_newest, save_checkpoint
 from softmoe_clip.training.expert_parallel import Mesh, check_spread, load_shares, make_mesh
 from softmoe_clip.training.loop import Progress, train
+from softmoe_clip.training.plan import print_plan
 
 MOE = "model.image_moe"
 WEIGHTS = "model/open_clip_model.safetensors"
@@ -160,6 +162,14 @@ def test_a_run_may_start_from_a_whole_model(tiny_config, tmp_path):
     other = f"{MOE}.router=uniform", f"{MOE}.num_experts=8"
     with pytest.raises(ValueError, match=r"init: .* is not built as `model` says: .* is of 4 experts there, of 8 here"):
         build(tiny_config(f"init={whole}", *other), part(1))
+
+
+def test_the_plan_says_what_a_process_holds_where_experts_are_spread(tiny_config, capsys):
+    print_plan(tiny_config("expert_parallel=4"))
+    rows = {
+        row[1].strip(): row[2].strip() for line in capsys.readouterr().out.splitlines() if (row := line.split("│"))[2:]
+    }
+    assert rows["the same with experts spread over 4"].endswith("GiB")
 
 
 def metrics(run):
