@@ -177,6 +177,7 @@ class TrainConfig:
     samples: int | None = None
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    expert_parallel: int = 1  # neighbouring processes that share one set of experts out, for towers too large for one
     # a model to start from: a run, a model folder, or one of open_clip's; or a checkpoint of a run,
     # RUN/checkpoints/step_00001000, which is gone on from as its run would have (see training/branch.py)
     init: str | None = None
@@ -219,6 +220,14 @@ class TrainConfig:
         check_expressions("freeze", self.freeze)
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel counts processes from 1, got {self.expert_parallel}")
+        if self.expert_parallel > 1 and self.precision == "fp16":
+            raise ValueError("expert_parallel cannot skip steps in all processes alike, as fp16 must: take bf16")
+        if self.expert_parallel > 1 and self.lora is not None:
+            raise ValueError("expert_parallel has no adapters for experts: leave lora or expert_parallel out")
+        if self.expert_parallel > 1 and self.optim.name != "adamw":
+            raise ValueError(f"expert_parallel needs optim.name=adamw: {self.optim.name} may look at whole tensors")
 
     @property
     def last_step(self) -> int:
@@ -233,6 +242,7 @@ MAY_CHANGE_AT_RESUME = (
     "steps",
     "samples",
     "chunk_size",
+    "expert_parallel",
     "log_every",
     "checkpoint_every",
     "keep_last",

@@ -72,9 +72,9 @@ def test_the_file_names_the_weight_the_module_the_pairs_and_the_routing(four_ste
 
 
 def test_a_gradient_that_overflows_alone_is_found_and_named(four_steps, tiny_config, tmp_path, monkeypatch):
-    def overflow(model):
+    def overflow(model, mesh):
         model.visual.conv1.weight.grad[0] = float("inf")
-        return gradient_norms(model)
+        return gradient_norms(model, mesh)
 
     monkeypatch.setattr("softmoe_clip.training.loop.gradient_norms", overflow)
     with pytest.raises(ValueError, match=r"^gradient norm is inf at step 1, sample keys"):

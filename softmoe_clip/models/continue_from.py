@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from softmoe_clip.models.store import load
+from softmoe_clip.moe.expert_parallel import OtherExperts, own_share
 
 PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
@@ -16,6 +17,10 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
     loaded = load(source)
     ours, theirs = model.state_dict(), loaded.model.state_dict()
     resize_positions(theirs, model)
+    try:
+        theirs = own_share(theirs, model)
+    except OtherExperts as error:
+        raise ValueError(f"init: {source} is not built as `model` says: {error}") from None
     check_alike(ours, theirs, source)
     for text in PROBES:
         # Compared after the weights: another vocabulary size has been named by now.

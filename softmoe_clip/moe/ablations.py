@@ -93,7 +93,9 @@ def mean_of_slots(real: Float[Tensor, "b n"], num_experts: int, num_slots: int) 
 @torch.no_grad()
 def draw_each_anew(experts: Experts) -> None:
     """Draw every expert's weights on their own, each as the reference draws the one it copies."""
+    own = experts.own
     for kernels, biases in ((experts.w_in, experts.b_in), (experts.w_out, experts.b_out)):
-        for kernel in kernels:
-            nn.init.xavier_uniform_(kernel)
-        nn.init.normal_(biases, std=1e-6)
+        for number in range(experts.num_experts):  # those of other processes too, which have their turn in the draws
+            nn.init.xavier_uniform_(kernels[number - own.start] if number in own else torch.empty_like(kernels[0]))
+        drawn = nn.init.normal_(biases.new_empty(experts.num_experts, biases.shape[1]), std=1e-6)
+        biases.copy_(drawn[own.start : own.stop])

@@ -21,6 +21,8 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
         self.activation = activation
+        self.num_experts = num_experts
+        self.own = range(num_experts)  # of the layer's experts, those that are here: see expert_parallel
         self.w_in = nn.Parameter(same_xavier(num_experts, width, hidden))
         self.b_in = nn.Parameter(torch.randn(hidden).mul(1e-6).repeat(num_experts, 1))
         self.w_out = nn.Parameter(same_xavier(num_experts, hidden, width))

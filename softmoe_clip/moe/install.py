@@ -5,6 +5,7 @@ from torch import nn
 from softmoe_clip.config import ROUTER_SETTINGS, MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
 from softmoe_clip.moe.assignment import BaseMoE, HashMoE, SinkhornMoE
+from softmoe_clip.moe.expert_parallel import num_held
 from softmoe_clip.moe.experts_choice import ExpertsChoiceMoE
 from softmoe_clip.moe.memory import check_memory
 from softmoe_clip.moe.shared import SharedExpert
@@ -138,5 +139,5 @@ def check_fits(firsts: list[nn.Linear], config: MoEConfig) -> None:
     """Refuse experts and slots that do not fit into memory, given the first linear layer of each MLP they replace."""
     e, s = config.num_experts, config.slots_per_expert
     sizes = [(first.in_features, first.out_features) for first in firsts]
-    num_parameters = sum(d * e * s + e * (2 * d * f + d + f) for d, f in sizes)
+    num_parameters = sum(d * e * s + num_held(e) * (2 * d * f + d + f) for d, f in sizes)
     check_memory(num_parameters, f"{len(firsts)} MoE layers of {e:,} experts with {s:,} slots each")

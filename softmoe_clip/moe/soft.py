@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from softmoe_clip.moe import stats
-from softmoe_clip.moe.experts import Experts
+from softmoe_clip.moe.expert_parallel import new_experts
 from softmoe_clip.moe.weights import CosineLogits, MaskedSoftmax, inverse_norm
 
 # Standard deviation of a standard normal cut at +-2: what JAX divides by so that the drawn numbers have the stated one.
@@ -41,7 +41,7 @@ class SoftMoE(nn.Module):
         self.label = "soft_moe"  # what routing statistics call this layer; `install` sets it
         self.slot_embed = nn.Parameter(lecun_normal(width, num_experts, slots_per_expert))
         self.router_scale = nn.Parameter(torch.ones(()))
-        self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden, activation)
+        self.experts = new_experts(num_experts, width, 4 * width if hidden is None else hidden, activation)
 
     def route(self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Compute both sets of weights, in float32 at least; a masked token gives and takes nothing."""

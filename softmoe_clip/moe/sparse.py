@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from softmoe_clip.moe import stats
 from softmoe_clip.moe.capacity import Rounding, slots_per_group
-from softmoe_clip.moe.experts import Experts
+from softmoe_clip.moe.expert_parallel import new_experts
 from softmoe_clip.moe.soft import WithWeight, lecun_normal, without_autocast
 
 
@@ -48,7 +48,7 @@ class SparseMoE(nn.Module):
         self.aux_weights: dict[str, float] = {}
         self.gate = nn.Parameter(lecun_normal(width, num_experts))
         self.num_experts = num_experts
-        self.experts = Experts(num_experts, width, 4 * width if hidden is None else hidden)
+        self.experts = new_experts(num_experts, width, 4 * width if hidden is None else hidden)
 
     def route(self, tokens: Float[Tensor, "b n d"], noise: Float[Tensor, "_ _ e"] | None = None) -> SparseRouting:
         """Let tokens and experts find each other, in float32 at least.

@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import nn
 
 from softmoe_clip.config import TrainConfig, flatten
-from softmoe_clip.training.checkpoint import EMA_FILE, UNREADABLE, Progress, fill, read_checkpoint
+from softmoe_clip.training.checkpoint import UNREADABLE, Progress, fill, read_checkpoint
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.run_folder import as_tree
 
@@ -32,21 +31,19 @@ def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None
         return None
     check_trunk(point, config)
     try:
-        parts = read_checkpoint(point)
-        averages = load_file(point / EMA_FILE) if ema is not None and (point / EMA_FILE).exists() else None
+        state, progress = read_checkpoint(point, model)
     except UNREADABLE as error:
         raise ValueError(f"init: {point} is no whole checkpoint ({' '.join(str(error).split())})") from None
-    if config.last_step <= parts.progress.step:
+    if config.last_step <= progress.step:
         raise ValueError(
-            f"init: {point} has {parts.progress.step} steps behind it, which count: give more than "
-            f"{config.last_step} steps"
+            f"init: {point} has {progress.step} steps behind it, which count: give more than {config.last_step} steps"
         )
-    fill(model, optimizer, parts, point)
-    if averages is not None:
-        ema.fill(averages)
+    fill(model, optimizer, state, point)
+    if ema is not None and state.averages is not None:
+        ema.fill(state.averages)
     elif ema is not None:
         ema.begin(model)
-    return parts.progress
+    return progress
 
 
 def check_trunk(point: Path, config: TrainConfig) -> None:

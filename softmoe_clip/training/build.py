@@ -23,14 +23,18 @@ from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import architecture, create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
+from softmoe_clip.moe.expert_parallel import ExpertGroup, spread_over
 from softmoe_clip.training.branch import branch_point
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 
-def build(config: TrainConfig) -> LoadedModel:
-    """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights."""
+def build(config: TrainConfig, group: ExpertGroup | None = None) -> LoadedModel:
+    """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights.
+
+    With a group of processes, each of them holds its share of these weights' experts.
+    """
     text_cfg = architecture(config.model)["text_cfg"]
     tokenizer = run_tokenizer(config.tokenizer, text_cfg)
     if tokenizer.eos_id is None and text_cfg.get("softmoe_text", {}).get("padding") == "mask":
@@ -39,7 +43,8 @@ def build(config: TrainConfig) -> LoadedModel:
         )
     model_config = with_loss_start(config.model, config.loss)
     torch.manual_seed(config.seed)
-    model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
+    with spread_over(group):
+        model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     if config.init is not None and branch_point(config) is None:
         continue_from(model, config.init, tokenizer)
     if config.lora is None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
+from softmoe_clip.moe.expert_parallel import OtherExperts
 from softmoe_clip.training.checksums import check_checksums, write_checksums
 from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.expert_parallel import Mesh, load_shares, whole
 from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors
 
 EMA_FILE = "ema.safetensors"
@@ -30,6 +31,25 @@ class Progress(NamedTuple):
     samples_seen: int
 
 
+class State(NamedTuple):
+    """What a checkpoint is written from: weights, the optimizer's moments, averages of the weights where there are."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    averages: dict[str, Tensor] | None
+
+
+def state_of(model: nn.Module, optimizer, ema: Ema | None, mesh: Mesh | None = None) -> State:
+    """Return the state of a run; that of spread experts is whole in the main process, and all must call this together.
+
+    What every process has in full is not copied.
+    """
+    averages = {} if ema is None else ema.averages
+    states = model.state_dict(), optimizer_tensors(model, optimizer), averages
+    weights, moments, averages = (whole(state, model, mesh) for state in states)
+    return State(weights, moments, None if ema is None else averages)
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -38,9 +58,11 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
     ema: Ema | None = None,
+    state: State | None = None,
 ) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
+    `state` is given where this process holds only a part of the model.
     Raises OSError for a full disk; the older checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,10 +70,11 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir()
-        write_tensors(model.state_dict(), temporary / "model.safetensors")
-        write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        if ema is not None:
-            write_tensors(ema.averages, temporary / EMA_FILE)
+        state = state or state_of(model, optimizer, ema)
+        write_tensors(state.weights, temporary / "model.safetensors")
+        write_tensors(state.moments, temporary / "optimizer.safetensors")
+        if state.averages is not None:
+            write_tensors(state.averages, temporary / EMA_FILE)
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
@@ -106,45 +129,46 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None
     paths = sorted(folder.glob("step_*"), reverse=True)
     for path in paths:
         try:
-            parts = read_checkpoint(path)
-            averages = {} if ema is None else load_file(path / EMA_FILE)
+            state, progress = read_checkpoint(path, model)
+            if ema is not None and state.averages is None:
+                raise ValueError(f"it holds no {EMA_FILE}")
+        except OtherExperts as error:
+            raise another_model(path, error) from None
         except UNREADABLE as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
-        fill(model, optimizer, parts, path)
+        fill(model, optimizer, state, path)
         if ema is not None:
-            ema.fill(averages)
-        return parts.progress
+            ema.fill(state.averages)
+        return progress
     if paths:
         raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to begin the run anew")
     return Progress(step=0, samples_seen=0)
 
 
-class Parts(NamedTuple):
-    """What a checkpoint holds."""
-
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    progress: Progress
-
-
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError)
 
 
-def read_checkpoint(path: Path) -> Parts:
-    """Read a checkpoint's files; raises one of UNREADABLE for a damaged one."""
+def read_checkpoint(path: Path, model: nn.Module) -> tuple[State, Progress]:
+    """Read a checkpoint's files, of spread experts this process's share; raises one of UNREADABLE for a damaged one."""
     check_checksums(path)
-    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    return Parts(weights, moments, Progress(**json.loads((path / "progress.json").read_text())))
+    weights, moments = (load_shares(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
+    averages = load_shares(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None
+    return State(weights, moments, averages), Progress(**json.loads((path / "progress.json").read_text()))
 
 
-def fill(model: nn.Module, optimizer, parts: Parts, path: Path) -> None:
+def fill(model: nn.Module, optimizer, state: State, path: Path) -> None:
     """Put a checkpoint's tensors into model and optimizer; refuse those of another model."""
     try:
-        fill_optimizer(model, optimizer, parts.moments)
-        model.load_state_dict(parts.weights)
+        fill_optimizer(model, optimizer, state.moments)
+        model.load_state_dict(state.weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
-            "give another folder as out"
-        ) from None
+        raise another_model(path, error) from None
+
+
+def another_model(path: Path, error: Exception) -> ValueError:
+    """Say that a checkpoint is of another model, and in what."""
+    return ValueError(
+        f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
+        "give another folder as out"
+    )

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from softmoe_clip.data_pipelines.loader import Batch
 from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.distributed import gather_objects, rank
+from softmoe_clip.training.expert_parallel import Mesh, whole_norms
 
 KEYS_TOLD = 16  # in the sentence; the file has all
 LISTED = 50  # names of parameters or gradients that are not finite
@@ -46,11 +47,15 @@ def tower_of(name: str) -> str:
     return "visual" if top == "visual" else "others" if top.startswith("logit_") else "text"
 
 
-def gradient_norms(model: nn.Module) -> GradientNorms:
-    """Measure the gradients in one pass; `total` has the bits that torch's clip_grad_norm_ would find."""
+def gradient_norms(model: nn.Module, mesh: Mesh | None = None) -> GradientNorms:
+    """Measure the gradients in one pass; `total` has the bits that torch's clip_grad_norm_ would find.
+
+    Of experts that are spread over processes the norms are those of all of them, the same in every process.
+    """
     found = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     names, gradients = [name for name, _ in found], [gradient for _, gradient in found]
     each = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients, 2.0)])
+    each = whole_norms(names, each, model, mesh)
     return GradientNorms(torch.linalg.vector_norm(each), each, names)
 
 

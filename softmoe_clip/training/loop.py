@@ -14,15 +14,23 @@ from torch import nn
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
-from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.progress import progress, quietly
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, state_of
 from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
 from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.expert_parallel import (
+    average_expert_gradients,
+    check_spread,
+    kept_out_of_ddp,
+    make_mesh,
+    told_of_spread,
+    whole,
+)
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.guards import GradientNorms, gradient_norms, must_stop, not_finite
 from softmoe_clip.training.lora import merged_weights
@@ -64,7 +72,9 @@ def train(config: TrainConfig) -> Path:
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, accelerator.num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
-    loaded = build(config)
+    mesh = make_mesh(config.expert_parallel, accelerator.num_processes, device)
+    loaded = build(config, None if mesh is None else mesh.row)
+    check_spread(loaded.model, mesh)
     picture = run_picture(config, loaded, shards)
     check_chunk_size(config.chunk_size, loaded.model)
     turned_off = draw_by_position(loaded.model)
@@ -85,7 +95,7 @@ def train(config: TrainConfig) -> Path:
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
-    model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
+    model, optimizer = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)), optimizer)
     stepper = Stepper(
         model,
         towers,
@@ -106,7 +116,7 @@ def train(config: TrainConfig) -> Path:
         num_replaced = len(read_ledger(ledger))
         pairs = f"{len(shards):,}" if len(shards) else "streamed"
         say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
-        for line in (*statement(shards), *turned_off):
+        for line in (*statement(shards), *turned_off, *told_of_spread(towers, mesh)):
             say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
@@ -115,15 +125,22 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
+        # The model before the checkpoint: a finished run, told by its last one, has its model.
+        save_model(run / "model")
+        if ema is not None:
+            with ema.in_place(towers):
+                save_model(run / "model_ema")
+        state = None if mesh is None else state_of(towers, optimizer, ema, mesh)
         if is_main:
-            # Before the checkpoint: a finished run, told by its last one, has its model.
-            save(loaded, run / "model", merged_weights(towers))
-            if ema is not None:
-                with ema.in_place(towers):
-                    save(loaded, run / "model_ema", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, config.keep_every, ema)
+            kept = config.keep_last, config.keep_every
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, state)
             place.upload(done.step)
         accelerator.wait_for_everyone()
+
+    def save_model(folder: Path) -> None:
+        weights = whole(merged_weights(towers), towers, mesh)
+        if is_main:
+            save(loaded, folder, weights)
 
     def broken(what: str, value: float, norms: GradientNorms | None = None) -> ValueError:
         numbers = {
@@ -173,7 +190,8 @@ def train(config: TrainConfig) -> Path:
             if not math.isfinite(loss_value + aux_value):
                 raise broken("loss", loss_value + aux_value)
             accelerator.unscale_gradients()
-            norms = gradient_norms(towers)
+            average_expert_gradients(towers, mesh)
+            norms = gradient_norms(towers, mesh)
             if must_stop(norms.total.item(), accelerator):
                 raise broken("gradient norm", norms.total.item(), norms)
             nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_norm or math.inf, norms.total)
@@ -217,9 +235,11 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 measuring = perf_counter()
+                if is_main or (mesh is not None and mesh.with_main):  # who has a part of the experts must take part
+                    averaged = ema.in_place(towers) if ema is not None else nullcontext()
+                    with averaged, nullcontext() if is_main else quietly():
+                        numbers = measure(loaded, config, run, step, device, writes=is_main)
                 if is_main:
-                    with ema.in_place(towers) if ema is not None else nullcontext():
-                        numbers = measure(loaded, config, run, step, device)
                     if numbers:
                         log.write(step, numbers)
                     if "val/loss" in numbers:

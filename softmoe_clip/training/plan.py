@@ -7,6 +7,7 @@ from functools import partial
 from time import perf_counter
 
 import torch
+from torch import nn
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.mixture import Mixture
@@ -15,6 +16,7 @@ from softmoe_clip.data_pipelines.stream import Stream
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train
 from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
+from softmoe_clip.moe.experts import Experts
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.freeze import in_words, train_mode
@@ -57,6 +59,10 @@ def print_plan(config: TrainConfig) -> None:
         table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
     else:
         table.add_row("weights and gradients", f"{8 * trained / 2**30:.2f} GiB")
+    if config.expert_parallel > 1:
+        share = 1 - 1 / config.expert_parallel
+        held = trained - share * sum(p.numel() for p in expert_parameters(model) if p.requires_grad)
+        table.add_row(f"the same with experts spread over {config.expert_parallel}", f"{16 * held / 2**30:.2f} GiB")
     if config.ema is not None:
         table.add_row("averaged weights", f"{4 * trained / 2**30:.2f} GiB")
     table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
@@ -120,6 +126,11 @@ def peak_memory(device: torch.device) -> int:
 
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that `expert_parallel` spreads over processes."""
+    return [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
 
 
 def duration(seconds: float) -> str:
