@@ -26,7 +26,7 @@ def test_a_run_from_a_model_writes_a_plain_model_that_computes_what_the_adapted_
     start = train(tiny_config(f"out={tmp_path / 'start'}", "steps=1", "optim.warmup=1"))
     kept = []
 
-    def keep(config):
+    def keep(config, group):
         kept.append(build_model(config))
         return kept[-1]
 
