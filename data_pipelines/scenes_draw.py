@@ -34,7 +34,7 @@ Polygon = list[tuple[float, float]]
 def draw(scene: Scene, image_size: int = 64) -> Image.Image:
     """Draw the scene as an RGB picture of `image_size` x `image_size` pixels, the same for the same scene."""
     rng = np.random.default_rng([*scene.seed, 1])
-    picture = _background(image_size, rng)
+    picture = _background(image_size, scene.grey, rng)
     drop = max(1, round(image_size / 48))
     for thing in reversed(scene.things):  # from back to front
         patch, (left, top) = _patch(thing, image_size, rng)
@@ -94,9 +94,8 @@ def _draw_share(sender, scenes: list[Scene], image_size: int) -> None:
         pass
 
 
-def _background(image_size: int, rng: np.random.Generator) -> Image.Image:
+def _background(image_size: int, grey: float, rng: np.random.Generator) -> Image.Image:
     """Light grey, a little warm or cool, with a faint slope, soft clouds and grain."""
-    grey = rng.uniform(205, 243)
     tint = rng.uniform(-5, 5) * np.array([1, 0.2, -1])
     angle = rng.uniform(0, 2 * math.pi)
     across = np.linspace(-1, 1, image_size, dtype=np.float32)
@@ -150,6 +149,14 @@ def _pattern(thing: Thing, side: int, centre: np.ndarray, full_side: int, rng: n
         return (x * math.cos(angle) + y * math.sin(angle)) % period < 0.45 * period
     if thing.texture == "checkered":
         return ((x // (0.75 * period)) + (y // (0.75 * period))) % 2 == 1
+    if thing.texture == "zigzag":
+        return (y + np.abs(x % (1.5 * period) - 0.75 * period)) % (1.2 * period) < 0.5 * period
+    if thing.texture == "speckled":
+        cell = full_side / 40
+        cells = (np.arange(side) / cell).astype(int)
+        return (rng.random((cells[-1] + 1,) * 2) < 0.3)[np.ix_(cells, cells)]
+    if thing.texture == "halved":
+        return np.tile((np.arange(side) < centre[0]) == (rng.random() < 0.5), (side, 1))
     row = y // (0.87 * period)
     across = (x + 0.5 * period * (row % 2)) % period - period / 2
     down = y % (0.87 * period) - 0.435 * period
