@@ -13,13 +13,21 @@ import numpy as np
 from softmoe_clip.data_pipelines.new_folder import new_folder
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.scenes_draw import pictures, usable_processes
-from softmoe_clip.data_pipelines.scenes_grammar import COLOURS, SHAPES, TEXTURES, Arrangement, captions
+from softmoe_clip.data_pipelines.scenes_grammar import (
+    COLOURS,
+    COMMON_TEXTURES,
+    SHAPES,
+    TEXTURES,
+    Arrangement,
+    captions,
+)
 from softmoe_clip.data_pipelines.scenes_held_out import (
     combination_samples,
     counting_samples,
     long_samples,
     negation_samples,
     relation_samples,
+    texture_samples,
     val_samples,
 )
 from softmoe_clip.data_pipelines.scenes_long import long_caption
@@ -42,7 +50,7 @@ TRAIN, TWINS, FAMILIAR, EQUALS = 0, 1, 5, 9
 # How many things a scene holds, in turn over the indices, so that every shard holds the whole mixture; SEVERAL: one to
 # four equal ones.
 SEVERAL = 0
-TRAIN_THINGS = (1, 2, 1, 2, 1, SEVERAL, 2, 1, 2, 3, 1, SEVERAL)
+TRAIN_THINGS = (1, 2, 1, 2, 1, SEVERAL, 1, 2, 1, 2, 1, 2, 1, 3, 1, SEVERAL, 2, 1, 2, 1)
 # Twice "stack": which of two things is in front is the relation that a run of minutes does learn, so it sees it more.
 TWIN_ARRANGEMENTS: tuple[Arrangement, ...] = ("row", "stack", "column", "stack")
 
@@ -59,15 +67,15 @@ def write_scenes(
 ) -> None:
     """Write OUT/train and the held-out sets as shards; the bytes depend on seed and sizes alone.
 
-    - train: five scenes in twelve hold one object, four two, one three, two one to four equal ones, with three to six
-      captions each: one of a scene says at length what is there, or denies what is not. Scenes of two come in eights,
-      the same two objects in each relation, equal ones in fours, the same object in each number; half of both show one
-      of twelve familiar pairs of objects, or its first object.
+    - train: 50 % one object, 35 % two, 5 % three, 10 % one to four equal ones, with three to six captions each; one
+      of them may be of several sentences, or deny what is not there. Scenes of two come in eights, the same two objects
+      in each relation, equal ones in fours, the same object in each number; half of both show one of twelve familiar
+      pairs of objects, or its first object.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen combination (json `unseen`). Captions name every texture, colour and
       shape. long: the same scenes, each with one caption of several sentences.
-    - combinations: `PICTURES_PER_CLASS` single objects for each unseen combination, with `.cls` labels and
-      classnames.txt, for zero-shot.
+    - combinations: `PICTURES_PER_CLASS` single objects for each unseen combination with a common texture, with `.cls`
+      labels and classnames.txt, for zero-shot. textures: as many with rare textures, among the names of both.
     - relations, counting, negation: a true caption and, in json `false`, one that is not, with the same words but for
       the order of the objects, the number, or what is denied; the objects of every other sample are unseen
       combinations; json `group` names the kind. Words that are true and false come out equally often.
@@ -85,14 +93,16 @@ def write_scenes(
         "val": (val := val_samples(seed, num_val, known)),
         "long": long_samples(seed, val),
         "combinations": combination_samples(seed),
+        "textures": texture_samples(seed),
         "relations": relation_samples(seed, known),
         "counting": counting_samples(seed, known),
         "negation": negation_samples(seed, known),
     }
     with new_folder(out) as folder:
         _write(folder, splits, image_size, num_processes or usable_processes(num_train))
-        names = "".join(f"{name}\n" for name in unseen_names())
-        (folder / "combinations" / "classnames.txt").write_text(names, "utf-8")
+        for split, textures in (("combinations", COMMON_TEXTURES), ("textures", TEXTURES)):
+            names = "".join(f"{name}\n" for name in unseen_names(textures))
+            (folder / split / "classnames.txt").write_text(names, "utf-8")
 
 
 def train_sample(seed: int, index: int) -> Sample:
@@ -119,9 +129,10 @@ def train_sample(seed: int, index: int) -> Sample:
     else:
         scene = draw_scene(rng, scene_seed, (False,) * num_things)
     said = captions(scene, rng)
-    if turn % 2:
+    # Of single things fewer: it is their short captions that teach shapes and textures.
+    if turn % (4 if num_things == 1 else 2) == 1:
         said += (long_caption(scene, rng),)
-    elif num_things in (1, 2):
+    elif num_things == 2 or (num_things == 1 and turn % 4 == 3):
         said += (negation(scene, rng, lambda *names: not is_unseen(*names)),)
     return Sample(scene, said, extra(scene))
 
@@ -136,7 +147,7 @@ def familiar_pairs(seed: int) -> list[list[tuple[str, str, str]]]:
     )
     objects = []
     for colour, shape in zip(colours[:num_objects], shapes, strict=False):
-        seen = [texture for texture in TEXTURES if not is_unseen(texture, colour, shape)]
+        seen = [texture for texture in COMMON_TEXTURES if not is_unseen(texture, colour, shape)]
         objects.append((seen[int(rng.integers(len(seen)))], colour, shape))
     return [objects[first : first + 2] for first in range(0, num_objects, 2)]
 

@@ -10,7 +10,9 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink",
 # look quite different.
 SHAPES = ("circle", "square", "triangle", "heart", "diamond", "cross", "star", "ring")
 # Of textures too, those five apart in the order look quite different.
-TEXTURES = ("plain", "striped", "dotted", "checkered", "zigzag", "halved", "speckled")
+COMMON_TEXTURES = ("plain", "striped", "dotted", "checkered")
+RARE_TEXTURES = ("zigzag", "halved", "speckled")
+TEXTURES = COMMON_TEXTURES + RARE_TEXTURES
 NUMBERS = ("one", "two", "three", "four")
 
 # Sizes of single objects, as shares of the picture's side; between the two no word is said.

@@ -4,7 +4,14 @@ from itertools import count, permutations
 
 import numpy as np
 
-from softmoe_clip.data_pipelines.scenes_grammar import Scene, counted, full_captions, relation_and_reversed
+from softmoe_clip.data_pipelines.scenes_grammar import (
+    COMMON_TEXTURES,
+    RARE_TEXTURES,
+    Scene,
+    counted,
+    full_captions,
+    relation_and_reversed,
+)
 from softmoe_clip.data_pipelines.scenes_long import long_caption
 from softmoe_clip.data_pipelines.scenes_negation import Negated, true_and_false_negation
 from softmoe_clip.data_pipelines.scenes_plan import (
@@ -22,7 +29,7 @@ NUM_RELATIONS = 1000
 NUM_COUNTING = 600  # 25 of each pair of a true and a false number, with seen and unseen things
 NUM_NEGATION = 600
 # Streams of random numbers: one per set, so that no set depends on the size of another. Training has 0, 1 and 5.
-VAL, COMBINATIONS, RELATIONS, COUNTING, NEGATION, LONG = 2, 3, 4, 6, 7, 8
+VAL, COMBINATIONS, RELATIONS, COUNTING, NEGATION, LONG, TEXTURE_SETS = 2, 3, 4, 6, 7, 8, 10
 
 # How many things a scene holds, in turn over the indices, so that every shard holds the whole mixture.
 VAL_THINGS = (1, 2, 3, 2, 1, 2, 3, 2, 1, 2)
@@ -57,13 +64,22 @@ def long_samples(seed: int, val: list[Sample]) -> list[Sample]:
 
 
 def combination_samples(seed: int) -> list[Sample]:
-    """Plan pictures of single objects of unseen combinations, in the order of `unseen_names`."""
+    """Plan pictures of single objects of unseen combinations with common textures, in the order of their names."""
+    return _of_classes(seed, COMBINATIONS, unseen_names(COMMON_TEXTURES))
+
+
+def texture_samples(seed: int) -> list[Sample]:
+    """Plan pictures of unseen combinations with rare textures; their classes come after the common ones."""
+    return _of_classes(seed, TEXTURE_SETS, unseen_names(RARE_TEXTURES), len(unseen_names(COMMON_TEXTURES)))
+
+
+def _of_classes(seed: int, stream: int, names: list[str], first_label: int = 0) -> list[Sample]:
     samples = []
-    for label, name in enumerate(unseen_names()):
-        for index in range(label * PICTURES_PER_CLASS, (label + 1) * PICTURES_PER_CLASS):
-            rng = np.random.default_rng([seed, COMBINATIONS, index])
-            scene = arrange([tuple(name.split(" "))], "single", rng, (seed, COMBINATIONS, index))
-            samples.append(Sample(scene, full_captions(scene, rng)[:1], extra(scene), label))
+    for index in range(len(names) * PICTURES_PER_CLASS):
+        label = index // PICTURES_PER_CLASS
+        rng = np.random.default_rng([seed, stream, index])
+        scene = arrange([tuple(names[label].split(" "))], "single", rng, (seed, stream, index))
+        samples.append(Sample(scene, full_captions(scene, rng)[:1], extra(scene), first_label + label))
     return samples
 
 

@@ -1,4 +1,4 @@
-"""Describe a scene in several sentences of 30 to 50 words: each thing, its place, the background, what is missing."""
+"""Describe a scene in several sentences, 30 to 50 words: each thing, its place, the background, what is missing."""
 
 import numpy as np
 
@@ -8,7 +8,6 @@ from softmoe_clip.data_pipelines.scenes_grammar import (
     NUMBERS,
     RELATIONS,
     Scene,
-    Thing,
     phrase,
     place_words,
     plural,
@@ -20,8 +19,7 @@ from softmoe_clip.data_pipelines.scenes_negation import absent
 def long_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write one true text of several sentences; the order of two of them changes."""
     tell = _one if len(scene.things) == 1 else {"several": _several, "pyramid": _pyramid}.get(scene.arrangement, _line)
-    things, details = tell(scene, rng)
-    sentences = [_opening(scene, rng), things, details, _missing(scene, rng)]
+    sentences = [_opening(scene, rng), *tell(scene, rng), _missing(scene, rng)]
     if rng.random() < 0.5:
         sentences[0], sentences[-1] = sentences[-1], sentences[0]
     return " ".join(sentences)
@@ -36,7 +34,7 @@ def _opening(scene: Scene, rng: np.random.Generator) -> str:
     number = len(scene.things)
     noun = ("object", "shape", "thing")[int(rng.integers(3))]
     what = f"{NUMBERS[number - 1]} {plural(noun) if number > 1 else noun}"
-    way = ("the picture shows {}", "this is a drawing of {}", "here we see {}")[int(rng.integers(3))].format(what)
+    way = ("the picture shows {}", "a drawing of {}", "here we see {}")[int(rng.integers(3))].format(what)
     return f"{way} on a {background_word(scene)} background."
 
 
@@ -67,24 +65,17 @@ def _several(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     )
 
 
-def _pyramid(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    top, left, right = scene.things
-    return (
-        f"at the top there is {phrase(top)}, below it are {phrase(left)} and {phrase(right)}.",
-        f"the {_short(left)} is left of the {_short(right)}.",
-    )
+def _pyramid(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    top, left, right = map(phrase, scene.things)
+    return (f"at the top there is {top}, below it from left to right are {left} and {right}.",)
 
 
-def _line(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _line(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     course = {"row": "from left to right", "column": "from top to bottom", "stack": "from front to back"}
     *others, last = map(phrase, scene.things)
-    first, second = scene.things[:2]
-    if rng.random() < 0.5:
-        stands = f"the {_short(first)} is {RELATIONS[scene.arrangement][0][0]} the {_short(second)}"
-    else:
-        stands = f"the {_short(second)} is {RELATIONS[scene.arrangement][1][0]} the {_short(first)}"
-    return f"{course[scene.arrangement]} there are {', '.join(others)} and {last}.", f"{stands}."
-
-
-def _short(thing: Thing) -> str:
-    return f"{thing.colour} {thing.shape}"
+    listed = f"{course[scene.arrangement]} there are {', '.join(others)} and {last}."
+    if len(scene.things) > 2:
+        return (listed,)
+    side = int(rng.integers(2))
+    one, other = (f"the {thing.colour} {thing.shape}" for thing in (scene.things[side], scene.things[1 - side]))
+    return listed, f"{one} is {RELATIONS[scene.arrangement][side][0]} {other}."

@@ -15,6 +15,7 @@ from softmoe_clip.data_pipelines.scenes_grammar import (
     phrase,
     with_article,
 )
+from softmoe_clip.data_pipelines.scenes_plan import draw_texture
 
 Negated = Literal["shape", "colour", "texture"]
 WORDS: dict[Negated, tuple[str, ...]] = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES}
@@ -48,9 +49,9 @@ def negation(scene: Scene, rng: np.random.Generator, sayable: Callable[[str, str
         "colour": ("full", "texture and shape", "shape"),
         "texture": ("colour and shape", "colour", "shape"),
     }
-    word = words[int(rng.integers(len(words)))]
+    word = _draw(words, negated, rng)
     anything = ANYTHING[int(rng.integers(len(ANYTHING)))]
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         return denial(with_article(anything), negated, word)
     return denial(phrase(thing, details[negated][int(rng.integers(3))], anything), negated, word)
 
@@ -63,8 +64,7 @@ def true_and_false_negation(scene: Scene, negated: Negated, rng: np.random.Gener
     side = int(rng.integers(len(scene.things)))
     thing, other = scene.things[side], scene.things[-1 - side]
     said = phrase(thing, "shape" if negated == "colour" else "colour and shape")
-    words = absent(scene, negated)
-    word = words[int(rng.integers(len(words)))]
+    word = _draw(absent(scene, negated), negated, rng)
     return denial(said, negated, word), denial(said, negated, getattr(other, negated))
 
 
@@ -81,3 +81,10 @@ def absent(scene: Scene, negated: Negated) -> list[str]:
     """List the shapes, colours or textures that nothing in the scene has."""
     there = {getattr(thing, negated) for thing in scene.things}
     return [word for word in WORDS[negated] if word not in there]
+
+
+def _draw(words: list[str], negated: Negated, rng: np.random.Generator) -> str:
+    # Rare textures are as rarely denied as they are seen, else the word alone would tell what is true.
+    if negated == "texture":
+        return next(texture for texture in iter(lambda: draw_texture(rng), None) if texture in words)
+    return words[int(rng.integers(len(words)))]

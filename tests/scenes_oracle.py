@@ -134,7 +134,7 @@ def sentence_is_true(words: str, scene: Scene) -> bool:
         return arrangement == scene.arrangement and named == [
             attributes(thing) for thing in sorted(things, key=lambda thing: getattr(thing, axis))
         ]
-    if told := match(rf"at the top there is ({name}), below it are ({name}) and ({name})"):
+    if told := match(rf"at the top there is ({name}), below it from left to right are ({name}) and ({name})"):
         named = [told_attributes(one) for one in told.groups()]
         in_order = [
             min(things, key=lambda thing: thing.y),

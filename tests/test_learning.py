@@ -16,7 +16,7 @@ from softmoe_clip.eval.results import load_results
 
 pytestmark = pytest.mark.slow
 
-NUM_VAL, NUM_CLASSES = 300, 112
+NUM_VAL, NUM_CLASSES = 300, 64
 
 
 @pytest.fixture(scope="module")
