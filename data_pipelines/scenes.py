@@ -67,10 +67,10 @@ def write_scenes(
 ) -> None:
     """Write OUT/train and the held-out sets as shards; the bytes depend on seed and sizes alone.
 
-    - train: 50 % one object, 35 % two, 5 % three, 10 % one to four equal ones, with three to six captions each; one
-      of them may be of several sentences, or deny what is not there. Scenes of two come in eights, the same two objects
-      in each relation, equal ones in fours, the same object in each number; half of both show one of twelve familiar
-      pairs of objects, or its first object.
+    - train: 50 % one object, 35 % two, 5 % three, 10 % one to four equal ones, with three to six captions each; now
+      and then one is of several sentences, or denies what is not there. Scenes of two come in eights, the same two
+      objects in each relation, equal ones in fours, the same object in each number; half of both show one of twelve
+      familiar pairs of objects, or its first object.
     - val: scenes whose description is not in train (single objects: new pictures) and is unique within val, for
       retrieval; every other ten hold an unseen combination (json `unseen`). Captions name every texture, colour and
       shape. long: the same scenes, each with one caption of several sentences.
@@ -78,7 +78,7 @@ def write_scenes(
       labels and classnames.txt, for zero-shot. textures: as many with rare textures, among the names of both.
     - relations, counting, negation: a true caption and, in json `false`, one that is not, with the same words but for
       the order of the objects, the number, or what is denied; the objects of every other sample are unseen
-      combinations; json `group` names the kind. Words that are true and false come out equally often.
+      combinations; json `group` names the kind. No word is more often true than false, but for chance.
 
     Raises ValueError where OUT is not empty.
     """
@@ -129,10 +129,11 @@ def train_sample(seed: int, index: int) -> Sample:
     else:
         scene = draw_scene(rng, scene_seed, (False,) * num_things)
     said = captions(scene, rng)
-    # Of single things fewer: it is their short captions that teach shapes and textures.
-    if turn % (4 if num_things == 1 else 2) == 1:
+    # Few, and of single things fewer: it is short captions that teach shapes and textures in minutes.
+    every = {1: 8, 2: 4}.get(num_things, 2)
+    if turn % every == 1:
         said += (long_caption(scene, rng),)
-    elif num_things == 2 or (num_things == 1 and turn % 4 == 3):
+    elif turn % every == 3:
         said += (negation(scene, rng, lambda *names: not is_unseen(*names)),)
     return Sample(scene, said, extra(scene))
 

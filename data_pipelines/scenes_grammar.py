@@ -181,7 +181,7 @@ def _say_several(scene: Scene, rng: np.random.Generator) -> list[str]:
         f"{prefix} {full}" if rng.random() < 0.5 else full,
         counted(number, thing, "colour and shape"),
         counted(number, thing, "shape"),
-        counted(number, thing, "colour", _pick(ANYTHING, rng)),
+        counted(number, thing, "texture and shape"),
     ]
 
 
