@@ -50,7 +50,7 @@ TRAIN, TWINS, FAMILIAR, EQUALS = 0, 1, 5, 9
 # How many things a scene holds, in turn over the indices, so that every shard holds the whole mixture; SEVERAL: one to
 # four equal ones.
 SEVERAL = 0
-TRAIN_THINGS = (1, 2, 1, 2, 1, SEVERAL, 1, 2, 1, 2, 1, 2, 1, 3, 1, SEVERAL, 2, 1, 2, 1)
+TRAIN_THINGS = (1, 2, 1, 2, 1, SEVERAL, 1, 2, 1, 2, 1, 2, 1, 3, 1, 2, 1, 2, 1, 2)
 # Twice "stack": which of two things is in front is the relation that a run of minutes does learn, so it sees it more.
 TWIN_ARRANGEMENTS: tuple[Arrangement, ...] = ("row", "stack", "column", "stack")
 
@@ -67,7 +67,7 @@ def write_scenes(
 ) -> None:
     """Write OUT/train and the held-out sets as shards; the bytes depend on seed and sizes alone.
 
-    - train: 50 % one object, 35 % two, 5 % three, 10 % one to four equal ones, with three to six captions each; now
+    - train: 50 % one object, 40 % two, 5 % three, 5 % one to four equal ones, with three to six captions each; now
       and then one is of several sentences, or denies what is not there. Scenes of two come in eights, the same two
       objects in each relation, equal ones in fours, the same object in each number; half of both show one of twelve
       familiar pairs of objects, or its first object.

@@ -1,4 +1,4 @@
-"""Describe a scene in several sentences, 30 to 50 words: each thing, its place, the background, what is missing."""
+"""Describe a scene in several sentences, about 25 words: each thing, its place, the background, what is missing."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from softmoe_clip.data_pipelines.scenes_grammar import (
     BRIGHT,
     GREY,
     NUMBERS,
-    RELATIONS,
     Scene,
     phrase,
     place_words,
     plural,
     size_word,
+    with_article,
 )
 from softmoe_clip.data_pipelines.scenes_negation import absent
 
@@ -34,7 +34,7 @@ def _opening(scene: Scene, rng: np.random.Generator) -> str:
     number = len(scene.things)
     noun = ("object", "shape", "thing")[int(rng.integers(3))]
     what = f"{NUMBERS[number - 1]} {plural(noun) if number > 1 else noun}"
-    way = ("the picture shows {}", "a drawing of {}", "here we see {}")[int(rng.integers(3))].format(what)
+    way = ("{}", "a drawing of {}", "here we see {}")[int(rng.integers(3))].format(what)
     return f"{way} on a {background_word(scene)} background."
 
 
@@ -42,7 +42,7 @@ def _missing(scene: Scene, rng: np.random.Generator) -> str:
     shape, colour = (
         words[int(rng.integers(len(words)))] for words in (absent(scene, "shape"), absent(scene, "colour"))
     )
-    return f"there is no {shape} in it and nothing {colour}."
+    return f"no {shape} and nothing {colour}."
 
 
 def _one(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -50,32 +50,21 @@ def _one(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     size = {"small": "small", "large": "large"}.get(size_word(thing), "")
     place = place_words(thing) or "near the middle"
     words = " ".join(filter(None, (size, thing.name)))
-    return (
-        f"it is {'an' if words[0] in 'aeiou' else 'a'} {words} that stands {place}.",
-        f"the {thing.shape} is {thing.colour} and its surface is {thing.texture}.",
-    )
+    return f"{with_article(words)} {place}.", f"the {thing.shape} is {thing.colour} and {thing.texture}."
 
 
 def _several(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = scene.things[0]
     number = NUMBERS[len(scene.things) - 1]
-    return (
-        f"each of the {number} is {phrase(thing)} and they are all alike.",
-        f"so we count {number} {thing.colour} {plural(thing.shape)} with a {thing.texture} surface.",
-    )
+    return f"each is {phrase(thing)}.", f"so we count {number} {thing.colour} {plural(thing.shape)}."
 
 
 def _pyramid(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     top, left, right = map(phrase, scene.things)
-    return (f"at the top there is {top}, below it from left to right are {left} and {right}.",)
+    return (f"at the top {top}, below it {left} and {right}.",)
 
 
 def _line(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     course = {"row": "from left to right", "column": "from top to bottom", "stack": "from front to back"}
     *others, last = map(phrase, scene.things)
-    listed = f"{course[scene.arrangement]} there are {', '.join(others)} and {last}."
-    if len(scene.things) > 2:
-        return (listed,)
-    side = int(rng.integers(2))
-    one, other = (f"the {thing.colour} {thing.shape}" for thing in (scene.things[side], scene.things[1 - side]))
-    return listed, f"{one} is {RELATIONS[scene.arrangement][side][0]} {other}."
+    return (f"{course[scene.arrangement]} {', '.join(others)} and {last}.",)

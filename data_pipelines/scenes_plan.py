@@ -23,7 +23,7 @@ ARRANGEMENTS: dict[int, tuple[Arrangement, ...]] = {
     3: ("row", "column", "pyramid"),
 }
 # A run of minutes learns four textures well, but not seven: three of them are rare.
-RARE_SHARE = 0.1
+RARE_SHARE = 0.06
 MOST_EQUAL = 4  # how many equal things a scene holds at most
 
 MARGIN = 0.022
