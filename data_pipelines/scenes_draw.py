@@ -33,7 +33,7 @@ Polygon = list[tuple[float, float]]
 def draw(scene: Scene, image_size: int = 64) -> Image.Image:
     """Draw the scene as an RGB picture of `image_size` x `image_size` pixels, the same for the same scene."""
     rng = np.random.default_rng([*scene.seed, 1])
-    picture = _background(image_size, rng)
+    picture = _background(image_size, scene.grey, rng)
     drop = max(1, round(image_size / 48))
     for thing in reversed(scene.things):  # from back to front
         patch, (left, top) = _patch(thing, image_size, rng)
@@ -91,9 +91,8 @@ def _draw_share(sender, scenes: list[Scene], image_size: int) -> None:
         pass
 
 
-def _background(image_size: int, rng: np.random.Generator) -> Image.Image:
+def _background(image_size: int, grey: float, rng: np.random.Generator) -> Image.Image:
     """Light grey, a little warm or cool, with a faint slope, soft clouds and grain."""
-    grey = rng.uniform(205, 243)
     tint = rng.uniform(-5, 5) * np.array([1, 0.2, -1])
     angle = rng.uniform(0, 2 * math.pi)
     across = np.linspace(-1, 1, image_size, dtype=np.float32)
@@ -139,18 +138,30 @@ def _mask_and_rim(shape, side, centre, radius, angle, image_size) -> tuple[Image
 
 def _pattern(thing: Thing, side: int, centre: np.ndarray, full_side: int, rng: np.random.Generator) -> np.ndarray:
     """True where the pattern's colour goes; the pattern's period grows a little with the thing."""
+    # In periods. As little as possible is computed of the whole plane: this is where most of the time would go.
     period = full_side * (0.095 + 0.07 * thing.size)
-    x, y = (np.arange(side, dtype=np.float32) - start + rng.uniform(0, period) for start in centre)
+    x, y = ((np.arange(side, dtype=np.float32) - float(start)) / period + rng.uniform(0, 1) for start in centre)
     y = y[:, None]
     if thing.texture == "striped":
         angle = math.radians(rng.uniform(35, 55))
-        return (x * math.cos(angle) + y * math.sin(angle)) % period < 0.45 * period
+        return _fraction(x * math.cos(angle) + y * math.sin(angle)) < 0.45
     if thing.texture == "checkered":
-        return ((x // (0.75 * period)) + (y // (0.75 * period))) % 2 == 1
-    row = y // (0.87 * period)
-    across = (x + 0.5 * period * (row % 2)) % period - period / 2
-    down = y % (0.87 * period) - 0.435 * period
-    return across**2 + down**2 < (0.29 * period) ** 2
+        return (np.floor(x / 0.75) % 2) != (np.floor(y / 0.75) % 2)
+    if thing.texture == "zigzag":
+        return _fraction(y / 1.2 + np.abs(x % 1.5 - 0.75) / 1.2) < 0.42
+    if thing.texture == "speckled":
+        cells = np.arange(side) * 40 // full_side
+        return (rng.random((cells[-1] + 1,) * 2) < 0.3)[np.ix_(cells, cells)]
+    if thing.texture == "halved":
+        return np.tile((np.arange(side) < centre[0]) == (rng.random() < 0.5), (side, 1))
+    row = np.floor(y / 0.87)
+    down = y - 0.87 * row - 0.435
+    across = np.stack([_fraction(x), _fraction(x + 0.5)])[row[:, 0].astype(int) % 2] - 0.5
+    return across**2 + down**2 < 0.29**2
+
+
+def _fraction(numbers: np.ndarray) -> np.ndarray:
+    return numbers - np.floor(numbers)
 
 
 def _ellipse(x: float = 0, y: float = 0, radius: float = 1, points: int = 48) -> Polygon:

@@ -9,12 +9,19 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink",
 # The order pairs them (see `is_unseen`): two shapes that one kind of object never has in training, as circle and cross,
 # look quite different.
 SHAPES = ("circle", "square", "triangle", "heart", "diamond", "cross", "star", "ring")
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+# Of textures too, those five apart in the order look quite different.
+COMMON_TEXTURES = ("plain", "striped", "dotted", "checkered")
+RARE_TEXTURES = ("zigzag", "halved", "speckled")
+TEXTURES = COMMON_TEXTURES + RARE_TEXTURES
+NUMBERS = ("one", "two", "three", "four")
 
 # Sizes of single objects, as shares of the picture's side; between the two no word is said.
 SMALL, LARGE = 0.69, 0.79
 # A centre this far from the middle is said to be on that side.
 OFF_CENTRE = 0.07
+
+# Backgrounds below the first level are called grey, above the second bright; all of them are light.
+GREY, BRIGHT = 212, 228
 
 PREFIXES = ("a picture of", "an image of", "a drawing of", "this is", "there is", "here is")
 ANYTHING = ("shape", "object", "thing")
@@ -31,7 +38,7 @@ PLACES = {
     "stack": ("in front", "behind"),
 }
 
-Arrangement = Literal["single", "row", "column", "stack", "pyramid"]
+Arrangement = Literal["single", "row", "column", "stack", "pyramid", "several"]
 Detail = Literal["full", "colour and shape", "texture and shape", "colour", "shape"]
 
 
@@ -53,14 +60,16 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """Things from left to right (row), top to bottom (column), front to back (stack), or one above two (pyramid).
+    """Things from left to right (row), top to bottom (column), front to back (stack), one above two (pyramid), or equal
+    ones anywhere (several).
 
-    `seed` is for drawing.
+    `grey` is the background's level, of 255; `seed` is for drawing.
     """
 
     arrangement: Arrangement
     things: tuple[Thing, ...]
     seed: tuple[int, ...]
+    grey: float = 225
 
     @property
     def description(self) -> tuple[str, ...]:
@@ -70,8 +79,9 @@ class Scene:
 
 def captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     """Write up to five different true captions; the first names everything, later ones may say less."""
-    say = {1: _say_one, 2: _say_two, 3: _say_three}[len(scene.things)]
-    return tuple(dict.fromkeys(say(scene, rng)))
+    say = {1: _say_one, 2: _say_two, 3: _say_three}
+    said = _say_several(scene, rng) if scene.arrangement == "several" else say[len(scene.things)](scene, rng)
+    return tuple(dict.fromkeys(said))
 
 
 def full_captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
@@ -96,6 +106,17 @@ def phrase(thing: Thing, detail: Detail = "full", anything: str = "shape") -> st
         "shape": thing.shape,
     }[detail]
     return with_article(words)
+
+
+def counted(number: int, thing: Thing, detail: Detail = "full", anything: str = "shape") -> str:
+    """Say how many of a thing: "three red stars"."""
+    words = phrase(thing, detail, anything).split(" ", 1)[1]
+    return f"{NUMBERS[number - 1]} {words if number == 1 else plural(words)}"
+
+
+def plural(words: str) -> str:
+    """Put the last word into the plural."""
+    return f"{words}{'es' if words.endswith('s') else 's'}"
 
 
 def with_article(words: str) -> str:
@@ -149,6 +170,19 @@ def _say_two(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def _say_three(scene: Scene, rng: np.random.Generator) -> list[str]:
     return [_listing(scene, detail, rng) for detail in ("full", "texture and shape", "shape")]
+
+
+def _say_several(scene: Scene, rng: np.random.Generator) -> list[str]:
+    # What says less leaves the number alone to tell the pictures of a batch apart.
+    number, thing = len(scene.things), scene.things[0]
+    prefix = f"there {'is' if number == 1 else 'are'}" if rng.random() < 0.5 else _pick(PREFIXES[:3], rng)
+    full = counted(number, thing)
+    return [
+        f"{prefix} {full}" if rng.random() < 0.5 else full,
+        counted(number, thing, "colour and shape"),
+        counted(number, thing, "shape"),
+        counted(number, thing, "texture and shape"),
+    ]
 
 
 def _single(thing: Thing, detail: Detail, rng: np.random.Generator) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 class TaskConfig:
     """One measurement: its metrics are named `kind/name/...`."""
 
-    kind: Literal["zero_shot", "retrieval", "relations"]
+    kind: Literal["zero_shot", "retrieval", "relations", "counting", "negation"]
     name: str
     data: str
     templates: str | list[str] = "simple"

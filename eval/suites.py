@@ -6,16 +6,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from softmoe_clip.eval.caption_pairs import caption_pairs
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig, load_suite
 from softmoe_clip.eval.encoder import Encoder
-from softmoe_clip.eval.relations import relations
 from softmoe_clip.eval.results import Results
 from softmoe_clip.eval.retrieval import retrieval
 from softmoe_clip.eval.zero_shot import zero_shot
 
 __all__ = ["TASKS", "SuiteConfig", "TaskConfig", "load_suite", "run_suite"]
 
-TASKS = {"zero_shot": zero_shot, "retrieval": retrieval, "relations": relations}
+TASKS = {
+    "zero_shot": zero_shot,
+    "retrieval": retrieval,
+    "relations": caption_pairs,
+    "counting": caption_pairs,
+    "negation": caption_pairs,
+}
 VERSIONS = ("softmoe-clip", "torch", "open-clip-torch", "timm", "numpy")
 TIES = "scores closer than 1e-6 are ties; a metric is its expectation over random orders of what is tied"
 

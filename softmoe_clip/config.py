@@ -108,6 +108,7 @@ class ModelConfig:
     text_moe: MoEConfig | None = None  # for a bidirectional text tower: ours (`softmoe_text` in text_cfg), or SigLIP's
     # a folder of transformers' whose pretrained encoder takes the place of the text tower in `arch`, with its tokenizer
     text_tower: str | None = None
+    context_length: int | None = None  # ids of a caption that the text tower takes; None: as `arch` says
     start: Literal["reference", "quick"] = "reference"  # quick: for runs of minutes, see models/starts.py
     init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
     init_logit_bias: float | None = None

@@ -46,7 +46,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """A folder with train (60 scenes), val (40), combinations and relations."""
+    """A folder with train (60 scenes), val and long (40), and the other held-out sets."""
     from softmoe_clip.data_pipelines.scenes import write_scenes
 
     out = tmp_path_factory.mktemp("scenes") / "out"

@@ -10,7 +10,7 @@ import torch
 import softmoe_clip.plugin
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.models.complexity import text_complexity
-from softmoe_clip.models.create import create_model, folder_config, read_architecture
+from softmoe_clip.models.create import architecture, create_model, folder_config, read_architecture
 from softmoe_clip.moe import SoftMoE
 
 
@@ -32,6 +32,11 @@ def test_the_demo_model_gives_features_scale_and_bias(demo):
 def test_the_tokenizer_sets_vocabulary_and_context_length(demo):
     assert demo.text.token_embedding.weight.shape == (300, TEXT["width"])
     assert demo.text.positional_embedding.shape == (12, TEXT["width"])
+
+
+def test_a_context_length_wins_over_that_of_the_architecture():
+    assert architecture(ModelConfig("SoftMoE-demo", context_length=56))["text_cfg"] == TEXT | {"context_length": 56}
+    assert architecture(ModelConfig("SoftMoE-demo"))["text_cfg"] == TEXT
 
 
 def test_the_image_embedding_is_the_mean_of_the_normalised_tokens(demo):

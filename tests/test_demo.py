@@ -7,7 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from softmoe_clip.data_pipelines.scenes import write_scenes
+from softmoe_clip.data_pipelines.scenes import train_sample, write_scenes
+from softmoe_clip.data_pipelines.scenes_held_out import long_samples, val_samples
+from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
 from softmoe_clip.demo import MOST_PASSES, demo_config
 
 
@@ -59,7 +61,7 @@ def test_scenes_become_all_that_the_demo_shows(softmoe_clip, small_demo):
     done = softmoe_clip("demo")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((small_demo / "demo/results.json").read_text())["metrics"]
-    assert {name.split("/")[0] for name in metrics} == {"zero_shot", "retrieval", "relations"}
+    assert {name.split("/")[0] for name in metrics} == {"zero_shot", "retrieval", "relations", "counting", "negation"}
     assert "'a striped red star' finds" in done.stdout
 
 
@@ -96,9 +98,32 @@ def test_a_folder_with_other_things_is_left_alone(softmoe_clip, tmp_path, monkey
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_few_pictures_make_a_batch_without_repeats_and_a_short_run(tmp_path):
-    write_scenes(tmp_path / "shards", num_train=20, num_val=5, num_processes=1)
-    config = demo_config(None, tmp_path)
+@pytest.fixture(scope="module")
+def twenty_scenes(tmp_path_factory):
+    """A demo's folder with few pictures."""
+    out = tmp_path_factory.mktemp("twenty")
+    write_scenes(out / "shards", num_train=20, num_val=5, num_processes=1)
+    return out
+
+
+def test_few_pictures_make_a_batch_without_repeats_and_a_short_run(twenty_scenes):
+    config = demo_config(None, twenty_scenes)
     assert config.batch_size == 20
     assert config.last_step == MOST_PASSES
     assert config.optim.warmup < config.last_step
+
+
+def test_the_demo_cuts_no_caption_of_a_scene(twenty_scenes):
+    context_length = demo_config(None, twenty_scenes).model.context_length
+    planned = [train_sample(0, index) for index in range(1200)]
+    file = twenty_scenes / "tokenizer.model"
+    train_tokenizer([caption for sample in planned for caption in sample.captions], file)
+    tokenizer = load_tokenizer(file, 2 * context_length)
+    planned += long_samples(0, val_samples(0, 500, set()))
+    token_ids = tokenizer([caption for sample in planned for caption in sample.captions])
+    longest = int((token_ids != tokenizer.eos_id).sum(1).max())
+    assert longest + 1 == context_length  # with the end token; and no place is wasted
+
+
+def test_ones_own_captions_are_as_long_as_the_architecture_says(twenty_scenes):
+    assert demo_config("pictures", twenty_scenes).model.context_length is None

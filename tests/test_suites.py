@@ -59,7 +59,7 @@ def root(tmp_path):
                 picture(colour),
                 "png",
                 [f"a {colour} thing", f"this is {colour}"],
-                {"reversed": "white", "relation": "to white"},
+                {"false": "white", "group": "to white"},
             )
         writer.add(b"broken", "png", ["a red thing"])
     for name, colour in (("n1", "red"), ("n2", "blue")):
@@ -83,6 +83,8 @@ def test_every_kind_of_task_gives_numbers_with_chance_under_the_same_names(root)
             {"kind": "zero_shot", "name": "folders", "data": "folders/val", "templates": ["{c}"]},
             {"kind": "retrieval", "name": "colours", "data": "captioned"},
             {"kind": "relations", "name": "colours", "data": "captioned"},
+            {"kind": "counting", "name": "colours", "data": "captioned"},
+            {"kind": "negation", "name": "colours", "data": "captioned"},
         ),
         model_name="colour model",
     )
@@ -94,9 +96,10 @@ def test_every_kind_of_task_gives_numbers_with_chance_under_the_same_names(root)
     assert found.metrics["retrieval/colours/image_to_text/recall@1"] == 1
     assert found.metrics["retrieval/colours/text_to_image/recall@1"] == 1
     assert found.chance["retrieval/colours/image_to_text/recall@5"] == 1
-    assert found.metrics["relations/colours/accuracy"] == 1
-    assert found.chance["relations/colours/accuracy"] == 0.5
-    assert found.metrics["relations/colours/to white/accuracy"] == 1
+    for kind in ("relations", "counting", "negation"):
+        assert found.metrics[f"{kind}/colours/accuracy"] == 1
+        assert found.chance[f"{kind}/colours/accuracy"] == 0.5
+        assert found.metrics[f"{kind}/colours/to white/accuracy"] == 1
     assert found.details["zero_shot/shards"]["per_class"] == [
         {"name": "red", "top1": 1.0, "num_pictures": 1},
         {"name": "green", "top1": 1.0, "num_pictures": 2},
@@ -134,7 +137,7 @@ def test_class_embeddings_are_renormalised_means_of_unit_prompt_embeddings():
         ({"kind": "zero_shot", "name": "a", "data": "labelled/test", "classnames": ["x"]}, "label 2 has no name"),
         ({"kind": "zero_shot", "name": "a", "data": "labelled/test", "templates": "simpel"}, "did you mean simple"),
         ({"kind": "retrieval", "name": "a", "data": "labelled/test"}, "000000000 of .* has no caption"),
-        ({"kind": "relations", "name": "a", "data": "labelled/test"}, 'no json with "caption" and "reversed"'),
+        ({"kind": "relations", "name": "a", "data": "labelled/test"}, 'no json with "caption" and "false"'),
         ({"kind": "retrieval", "name": "a", "data": "nowhere"}, "nowhere"),
         ({"kind": "retrieval", "name": "a/b", "data": "x"}, "without `/`"),
         ({"kind": "retrieval", "name": "a", "data": "x", "templates": "openai"}, "belong to zero_shot"),
@@ -151,7 +154,9 @@ def test_a_typo_in_a_suite_names_the_right_key(tmp_path):
     with pytest.raises(ValueError, match=r"^unknown key tasks\.0\.dta in .*s\.yaml: did you mean tasks\.0\.data\?$"):
         load_suite(path)
     path.write_text("tasks:\n  - {kind: retrival, name: x, data: y}\n")
-    with pytest.raises(ValueError, match="must be one of zero_shot, retrieval, relations, got 'retrival'"):
+    with pytest.raises(
+        ValueError, match="must be one of zero_shot, retrieval, relations, counting, negation, got 'retrival'"
+    ):
         load_suite(path)
     path.write_text("tasks: []\n")
     with pytest.raises(ValueError, match="at least one task"):

@@ -69,7 +69,7 @@ def folder_config(
 
 
 def architecture(config: ModelConfig) -> dict:
-    """Read the architecture of a model, its text tower replaced where `text_tower` names another one."""
+    """Read the architecture of a model, its text tower as `text_tower` and `context_length` change it."""
     model_cfg = read_architecture(config.arch)
     if config.text_tower is not None:
         folder = str(Path(config.text_tower).absolute())  # a relative path could be a name on the hub
@@ -83,6 +83,8 @@ def architecture(config: ModelConfig) -> dict:
             "hf_proj_type": "linear",
             "context_length": model_cfg["text_cfg"].get("context_length", 77),
         }
+    if config.context_length is not None:
+        model_cfg["text_cfg"]["context_length"] = config.context_length
     return model_cfg
 
 

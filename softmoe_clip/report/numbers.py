@@ -9,7 +9,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MEASURES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "median_rank": "median rank"}
 # Which measures make the headline, most telling first.
-HEADLINE = ("top1", "text_to_image/recall@1", "text_to_image/recall@10", "image_to_text/recall@10", "accuracy")
+HEADLINE = ("top1", "text_to_image/recall@1", "accuracy", "text_to_image/recall@10", "image_to_text/recall@10")
 
 
 class Figure(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tell a true caption from the same caption with its relation reversed: chance is one half, by construction."""
+"""Tell a true caption from a false one with nearly the same words: chance is one half, by construction."""
 
 import json
 from typing import NamedTuple
@@ -13,10 +13,11 @@ from softmoe_clip.eval.metrics import TIE
 from softmoe_clip.eval.results import Results
 
 
-def relations(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results:
-    """Return the share of pictures closer to their true caption than to the reversed one; a tie counts half.
+def caption_pairs(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results:
+    """Return the share of pictures closer to their true caption than to the false one; a tie counts half.
 
-    Samples whose json names a `relation` are also counted by it: `left or right/accuracy`.
+    The kind of task (relations, counting, negation) is a name for what the pairs are about. Samples whose json names a
+    `group` are also counted by it: `left or right/accuracy`.
     """
     data = open_data(suite.place(task.data))
     pictures = encoder.image_set(data)
@@ -24,8 +25,8 @@ def relations(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results
     texts = encoder.texts([text for pair in pairs for text in pair.captions]).reshape(len(pairs), 2, -1)
     right = preferred(np.einsum("bz,btz->bt", pictures.embeddings, texts))
     metrics = {"accuracy": float(right.mean())}
-    for relation in sorted({pair.relation for pair in pairs if pair.relation}):
-        metrics[f"{relation}/accuracy"] = float(right[[pair.relation == relation for pair in pairs]].mean())
+    for group in sorted({pair.group for pair in pairs if pair.group}):
+        metrics[f"{group}/accuracy"] = float(right[[pair.group == group for pair in pairs]].mean())
     return Results(
         metrics=metrics,
         chance=dict.fromkeys(metrics, 0.5),
@@ -40,17 +41,19 @@ def preferred(scores: np.ndarray) -> np.ndarray:
 
 
 class CaptionPair(NamedTuple):
-    """The true caption and the reversed one, and which relation they are about, if that is said."""
+    """The true caption and the false one, and the group of pairs that they belong to, if that is said."""
 
     captions: tuple[str, str]
-    relation: str
+    group: str
 
 
 def caption_pair(sample: RawSample) -> CaptionPair:
     """Read both captions from a sample's json."""
     try:
         content = json.loads(sample.members["json"])
-        return CaptionPair((str(content["caption"]), str(content["reversed"])), str(content.get("relation", "")))
+        return CaptionPair((str(content["caption"]), str(content["false"])), str(content.get("group", "")))
     except (KeyError, TypeError, ValueError):
         where = f"sample {sample.key} in {sample.shard}"
-        raise ValueError(f'{where} has no json with "caption" and "reversed", which a relations task needs') from None
+        raise ValueError(
+            f'{where} has no json with "caption" and "false", which tasks on pairs of captions need'
+        ) from None
