@@ -26,6 +26,17 @@ def progress(
         yield from _lines(description, total, unit, already)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show no progress inside: for what another process shows."""
+    before = os.environ.get("SOFTMOE_CLIP_QUIET", "0")
+    os.environ["SOFTMOE_CLIP_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["SOFTMOE_CLIP_QUIET"] = before
+
+
 def _bar(description: str, total: int | None, unit: str, already: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import (

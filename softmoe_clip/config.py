@@ -173,6 +173,10 @@ class TrainConfig:
     samples: int | None = None
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    # full: each process holds its share of weights, gradients and optimizer state, and of every layer's experts
+    sharding: Literal["none", "full"] = "none"
+    grad_checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in the backward pass
+    compile: bool = False  # by torch.compile, which needs a C++ compiler on CPU and takes a while to begin
     # a model to start from: a run, a model folder, or one of open_clip's; or a checkpoint of a run,
     # RUN/checkpoints/step_00001000, which is gone on from as its run would have (see training/branch.py)
     init: str | None = None
@@ -212,6 +216,21 @@ class TrainConfig:
         if self.working_folder is not None and "://" not in self.out:
             raise ValueError(f"working_folder is for a run at a URL, but out is the folder {self.out}: leave it out")
         check_expressions("freeze", self.freeze)
+        if self.sharding == "full":
+            self.check_sharding()
+
+    def check_sharding(self) -> None:
+        """Refuse what cannot be shared out."""
+        if self.precision == "fp16":
+            raise ValueError("sharding=full cannot skip steps in all processes alike, as fp16 must: take bf16")
+        if self.lora is not None:
+            raise ValueError(
+                "sharding=full has no adapters, whose gradients and state are small: leave one of both out"
+            )
+        if self.data.image_features is not None:
+            raise ValueError("sharding=full needs pictures, not data.image_features: leave one of both out")
+        if self.compile:
+            raise ValueError("sharding=full cannot be compiled here: leave sharding or compile out")
 
     @property
     def last_step(self) -> int:
@@ -226,6 +245,9 @@ MAY_CHANGE_AT_RESUME = (
     "steps",
     "samples",
     "chunk_size",
+    "sharding",
+    "grad_checkpointing",
+    "compile",
     "log_every",
     "checkpoint_every",
     "keep_last",

@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import nn
 
 from softmoe_clip.config import TrainConfig, flatten
-from softmoe_clip.training.checkpoint import EMA_FILE, UNREADABLE, Progress, fill, read_checkpoint
+from softmoe_clip.training.checkpoint import UNREADABLE, Progress, fill, read_checkpoint
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.run_folder import as_tree
 
@@ -32,8 +31,7 @@ def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None
         return None
     check_trunk(point, config)
     try:
-        parts = read_checkpoint(point)
-        averages = load_file(point / EMA_FILE) if ema is not None and (point / EMA_FILE).exists() else None
+        parts = read_checkpoint(point, model)
     except UNREADABLE as error:
         raise ValueError(f"init: {point} is no whole checkpoint ({' '.join(str(error).split())})") from None
     if config.last_step <= parts.progress.step:
@@ -42,8 +40,8 @@ def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None
             f"{config.last_step} steps"
         )
     fill(model, optimizer, parts, point)
-    if averages is not None:
-        ema.fill(averages)
+    if ema is not None and parts.averages is not None:
+        ema.fill(parts.averages)
     elif ema is not None:
         ema.begin(model)
     return parts.progress

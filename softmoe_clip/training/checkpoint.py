@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
@@ -19,6 +18,8 @@ from softmoe_clip.models.store import write_tensors
 from softmoe_clip.training.checksums import check_checksums, write_checksums
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors
+from softmoe_clip.training.sharded_checkpoint import is_in_parts, read_parts, read_shares, write_parts
+from softmoe_clip.training.sharding import is_sharded
 
 EMA_FILE = "ema.safetensors"
 
@@ -30,6 +31,20 @@ class Progress(NamedTuple):
     samples_seen: int
 
 
+def write_shards(folder: Path, model: nn.Module, optimizer, step: int, ema: Ema | None = None) -> Path | None:
+    """Let each process of a sharded run write its part of a checkpoint, and return where `save_checkpoint` finds them.
+
+    None where every process has the whole state, which the main one then writes. All processes must call this together.
+    """
+    if not is_sharded(model):
+        return None
+    temporary = folder / f".{folder_name(step)}.parts"
+    averages = {} if ema is None else {"ema": ema.averages}
+    states = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **averages}
+    write_parts(temporary, states)
+    return temporary
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -38,20 +53,22 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
     ema: Ema | None = None,
+    shards: Path | None = None,
 ) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
-    Raises OSError for a full disk; the older checkpoints stay.
+    `shards` is what `write_shards` returned. Raises OSError for a full disk; the older checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / folder_name(progress.step)
-    temporary = folder / f".{final.name}.{os.getpid()}"
+    temporary = shards or folder / f".{final.name}.{os.getpid()}"
     try:
-        temporary.mkdir()
-        write_tensors(model.state_dict(), temporary / "model.safetensors")
-        write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        if ema is not None:
-            write_tensors(ema.averages, temporary / EMA_FILE)
+        if shards is None:
+            temporary.mkdir()
+            write_tensors(model.state_dict(), temporary / "model.safetensors")
+            write_tensors(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            if ema is not None:
+                write_tensors(ema.averages, temporary / EMA_FILE)
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
@@ -106,14 +123,15 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None
     paths = sorted(folder.glob("step_*"), reverse=True)
     for path in paths:
         try:
-            parts = read_checkpoint(path)
-            averages = {} if ema is None else load_file(path / EMA_FILE)
+            parts = read_checkpoint(path, model)
+            if ema is not None and parts.averages is None:
+                raise ValueError(f"it holds no {EMA_FILE}")
         except UNREADABLE as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
         fill(model, optimizer, parts, path)
         if ema is not None:
-            ema.fill(averages)
+            ema.fill(parts.averages)
         return parts.progress
     if paths:
         raise ValueError(f"no checkpoint in {folder} can be read: remove that folder to begin the run anew")
@@ -125,17 +143,23 @@ class Parts(NamedTuple):
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    averages: dict[str, Tensor] | None
     progress: Progress
 
 
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError)
 
 
-def read_checkpoint(path: Path) -> Parts:
-    """Read a checkpoint's files; raises one of UNREADABLE for a damaged one."""
+def read_checkpoint(path: Path, model: nn.Module) -> Parts:
+    """Read a checkpoint's files, into a sharded model's process its share; raises one of UNREADABLE if it is damaged."""
     check_checksums(path)
-    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    return Parts(weights, moments, Progress(**json.loads((path / "progress.json").read_text())))
+    if is_in_parts(path):
+        states = read_parts(path, model)
+        weights, moments, averages = states["model"], states.get("optimizer", {}), states.get("ema")
+    else:
+        weights, moments = (read_shares(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
+        averages = read_shares(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None
+    return Parts(weights, moments, averages, Progress(**json.loads((path / "progress.json").read_text())))
 
 
 def fill(model: nn.Module, optimizer, parts: Parts, path: Path) -> None:

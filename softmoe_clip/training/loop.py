@@ -13,15 +13,16 @@ import torch
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
-from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.progress import progress, quietly
 from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statement
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, write_shards
 from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
 from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.execution import set_execution
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
@@ -32,6 +33,15 @@ from softmoe_clip.training.rates import rate_lines
 from softmoe_clip.training.remote_run import run_at
 from softmoe_clip.training.run_folder import Stopped, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
+from softmoe_clip.training.sharding import (
+    UnderAutocast,
+    average_scalar_gradients,
+    clip_gradients,
+    is_sharded,
+    shard,
+    told_of_shards,
+    whole,
+)
 from softmoe_clip.training.step import Stepper, check_chunk_size
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
@@ -63,6 +73,8 @@ def train(config: TrainConfig) -> Path:
     picture = run_picture(config, loaded, shards)
     check_chunk_size(config.chunk_size, loaded.model)
     turned_off = draw_by_position(loaded.model)
+    set_execution(loaded.model, config)
+    shard(loaded.model, config, accelerator.num_processes, device)  # before: no device need hold all of it
     towers = loaded.model.to(device)
     optimizer = make_optimizer(towers, config.optim)
     teacher = load_teacher(config, loaded.preprocess_cfg, device)
@@ -80,7 +92,11 @@ def train(config: TrainConfig) -> Path:
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
-    model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
+    sharded = is_sharded(towers)
+    if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
+        model, optimizer = UnderAutocast(towers, accelerator.autocast), accelerator.prepare(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(run_towers(config, towers), optimizer)
     stepper = Stepper(
         model,
         towers,
@@ -91,7 +107,7 @@ def train(config: TrainConfig) -> Path:
         config.duplicates,
         config.chunk_size,
         accelerator.backward,
-        partial(accelerator.no_sync, model),
+        nullcontext if sharded else partial(accelerator.no_sync, model),  # whole gradients are not to be kept
     )
     log = RunLog(run, done.step) if is_main else nullcontext()
     ledger, num_replaced = run / "skipped.jsonl", 0
@@ -100,7 +116,7 @@ def train(config: TrainConfig) -> Path:
         num_replaced = len(read_ledger(ledger))
         pairs = f"{len(shards):,}" if len(shards) else "streamed"
         say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
-        for line in (*statement(shards), *turned_off):
+        for line in (*statement(shards), *turned_off, *told_of_shards(towers)):
             say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
@@ -109,13 +125,19 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
+        # The model before the checkpoint: a finished run, told by its last one, has its model.
+        weights = whole(merged_weights(towers), keep=is_main)
         if is_main:
-            # Before the checkpoint: a finished run, told by its last one, has its model.
-            save(loaded, run / "model", merged_weights(towers))
-            if ema is not None:
-                with ema.in_place(towers):
-                    save(loaded, run / "model_ema", merged_weights(towers))
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, config.keep_last, config.keep_every, ema)
+            save(loaded, run / "model", weights)
+        if ema is not None:
+            with ema.in_place(towers):
+                weights = whole(merged_weights(towers), keep=is_main)
+                if is_main:
+                    save(loaded, run / "model_ema", weights)
+        folder = run / "checkpoints"
+        shards_of_state = write_shards(folder, towers, optimizer, done.step, ema)
+        if is_main:
+            save_checkpoint(folder, towers, optimizer, done, config.keep_last, config.keep_every, ema, shards_of_state)
             place.upload(done.step)
         accelerator.wait_for_everyone()
 
@@ -151,7 +173,8 @@ def train(config: TrainConfig) -> Path:
             loss, aux_loss, routing = stepper.forward_backward(batch, statistics=reports)
             loss_value, aux_value = over_processes(torch.stack([loss, aux_loss]), "mean").tolist()
             check_finite("loss", loss_value + aux_value, step, batch.keys)
-            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+            average_scalar_gradients(towers)
+            gradient_norm = clip_gradients(towers, accelerator, config.optim.clip_norm)
             if config.precision != "fp16":  # there Accelerate skips such a step and lowers its loss scale
                 check_finite("gradient norm", float(gradient_norm), step, batch.keys)
             optimizer.step()
@@ -190,9 +213,13 @@ def train(config: TrainConfig) -> Path:
                 log.write(step, numbers)
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
+                if is_main or sharded:  # who holds a part of the model must take part
+                    with (
+                        ema.in_place(towers) if ema is not None else nullcontext(),
+                        nullcontext() if is_main else quietly(),
+                    ):
+                        numbers = measure(loaded, config, run, step, device, writes=is_main)
                 if is_main:
-                    with ema.in_place(towers) if ema is not None else nullcontext():
-                        numbers = measure(loaded, config, run, step, device)
                     if numbers:
                         log.write(step, numbers)
                     if "val/loss" in numbers:

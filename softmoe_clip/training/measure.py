@@ -15,8 +15,13 @@ from softmoe_clip.training.distributed import alone
 from softmoe_clip.training.losses import LOSSES
 
 
-def measure(loaded: LoadedModel, config: TrainConfig, run: Path, step: int, device: torch.device) -> dict[str, float]:
-    """Return `val/loss` and the suite's metrics as `eval/...`; its results also go into the run's folder `eval`."""
+def measure(
+    loaded: LoadedModel, config: TrainConfig, run: Path, step: int, device: torch.device, writes: bool = True
+) -> dict[str, float]:
+    """Return `val/loss` and the suite's metrics as `eval/...`; its results also go into the run's folder `eval`.
+
+    A process that only lends its share of the model does the same and writes nothing.
+    """
     encoder = Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, config.precision, batch_size=128)
     numbers = {}
     if config.data.val is not None:
@@ -25,7 +30,8 @@ def measure(loaded: LoadedModel, config: TrainConfig, run: Path, step: int, devi
         )
     if config.eval.suite is not None:
         results = run_suite(encoder, load_suite(find_config(config.eval.suite)), model_name=str(run))
-        results.save(run / "eval" / f"step_{step:08d}.json")
+        if writes:
+            results.save(run / "eval" / f"step_{step:08d}.json")
         numbers |= {f"eval/{name}": value for name, value in results.metrics.items()}
     return numbers
 
