@@ -113,3 +113,24 @@ def sharded_towers(config_file: str, *overrides: str):
     towers = build(config).model
     shard(towers, config, accelerator.num_processes, accelerator.device)
     return config, towers
+
+
+def compiled_run(config_file: str, *overrides: str) -> dict:
+    """Train with compiled towers, by a backend that needs no compiler, and tell how often one was asked for."""
+    from softmoe_clip.config import TrainConfig
+    from softmoe_clip.data_pipelines.strict import load_strict
+    from softmoe_clip.training import execution
+    from softmoe_clip.training.loop import train
+
+    graphs = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    execution.BACKEND = backend
+    os.environ["SOFTMOE_CLIP_QUIET"] = "1"
+    train(load_strict(TrainConfig, Path(config_file), ["compile=true", *overrides]))
+    return {"graphs": len(graphs)}

@@ -151,7 +151,7 @@ UNREADABLE = (SafetensorError, OSError, ValueError, TypeError)
 
 
 def read_checkpoint(path: Path, model: nn.Module) -> Parts:
-    """Read a checkpoint's files, into a sharded model's process its share; raises one of UNREADABLE if it is damaged."""
+    """Read a checkpoint's files, of a sharded model its share; raises one of UNREADABLE for a damaged one."""
     check_checksums(path)
     if is_in_parts(path):
         states = read_parts(path, model)

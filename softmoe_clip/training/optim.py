@@ -88,7 +88,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         if mesh is not None:
             rehearse_shares(make, mesh)
     except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or f"it fails ({type(error).__name__})"
         where = "here" if mesh is None else "with sharding=full"
         raise ValueError(f"optim.name={config.name} cannot be used {where}: {reason}") from None
     return make(parameter_groups(model, config))

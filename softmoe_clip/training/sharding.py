@@ -108,8 +108,9 @@ def share_of(whole: Tensor, like: Tensor) -> Tensor:
     """Take of a tensor what this process holds of another one of that shape."""
     if not isinstance(like, DTensor) or whole.shape != like.shape or isinstance(whole, DTensor):
         return whole
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
+    share = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # none sent
+    own = share.to_local().clone()  # else a view, for which the whole would stay in memory
+    return DTensor.from_local(own, like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride())
 
 
 def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
