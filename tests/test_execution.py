@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def metrics(run):
 @pytest.fixture
 def with_masks(tiny_settings, tmp_path):
     """Settings of a run with patch dropout and router noise, whose metrics and weights are looked at."""
-    architecture = json.loads(open(tiny_settings["model"]["arch"]).read())
+    architecture = json.loads(Path(tiny_settings["model"]["arch"]).read_text())
     architecture["vision_cfg"]["patch_dropout"] = 0.5
     file = tmp_path / "masked.json"
     file.write_text(json.dumps(architecture))
@@ -38,11 +39,14 @@ def with_masks(tiny_settings, tmp_path):
 def test_a_run_that_computes_blocks_again_is_the_same_run(with_masks, tmp_path, chunk_size, moe, monkeypatch):
     if moe == "soft":
         with_masks["model"]["image_moe"] = {"num_experts": 4}
-    runs = {}
+    runs, calls = {}, []
+
+    def checkpoint(*arguments, **options):
+        calls.append(arguments)
+        return torch.utils.checkpoint.checkpoint(*arguments, **options)
+
+    monkeypatch.setattr("open_clip.transformer.checkpoint", checkpoint)
     for again in (False, True):
-        calls = []
-        checkpoint = torch.utils.checkpoint.checkpoint
-        monkeypatch.setattr("open_clip.transformer.checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
         settings = with_masks | {"out": str(tmp_path / str(again)), "grad_checkpointing": again}
         runs[again] = train(load_strict(TrainConfig, settings, [f"chunk_size={chunk_size or 'null'}"]))
         assert bool(calls) == again
