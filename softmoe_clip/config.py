@@ -179,6 +179,10 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     expert_parallel: int = 1  # neighbouring processes that share one set of experts out, for towers too large for one
+    # full: each process holds its share of weights, gradients and optimizer state, and of every layer's experts
+    sharding: Literal["none", "full"] = "none"
+    grad_checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in the backward pass
+    compile: bool = False  # by torch.compile, which needs a C++ compiler on CPU and takes a while to begin
     # a model to start from: a run, a model folder, or one of open_clip's; or a checkpoint of a run,
     # RUN/checkpoints/step_00001000, which is gone on from as its run would have (see training/branch.py)
     init: str | None = None
@@ -229,6 +233,23 @@ class TrainConfig:
             raise ValueError("expert_parallel has no adapters for experts: leave lora or expert_parallel out")
         if self.expert_parallel > 1 and self.optim.name != "adamw":
             raise ValueError(f"expert_parallel needs optim.name=adamw: {self.optim.name} may look at whole tensors")
+        if self.sharding == "full":
+            self.check_sharding()
+
+    def check_sharding(self) -> None:
+        """Refuse what cannot be shared out."""
+        if self.expert_parallel > 1:
+            raise ValueError("sharding=full and expert_parallel do not go together: leave one of both out")
+        if self.precision == "fp16":
+            raise ValueError("sharding=full cannot skip steps in all processes alike, as fp16 must: take bf16")
+        if self.lora is not None:
+            raise ValueError(
+                "sharding=full has no adapters, whose gradients and state are small: leave one of both out"
+            )
+        if self.data.image_features is not None:
+            raise ValueError("sharding=full needs pictures, not data.image_features: leave one of both out")
+        if self.compile:
+            raise ValueError("sharding=full cannot be compiled here: leave sharding or compile out")
 
     @property
     def last_step(self) -> int:
@@ -244,6 +265,9 @@ MAY_CHANGE_AT_RESUME = (
     "samples",
     "chunk_size",
     "expert_parallel",
+    "sharding",
+    "grad_checkpointing",
+    "compile",
     "log_every",
     "checkpoint_every",
     "keep_last",

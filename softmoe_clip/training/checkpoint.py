@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
-from softmoe_clip.moe.expert_parallel import OtherExperts
+from softmoe_clip.moe.expert_parallel import OtherExperts, spread_parameters
 from softmoe_clip.training.checksums import check_checksums, write_checksums
 from softmoe_clip.training.ema import Ema
-from softmoe_clip.training.expert_parallel import Mesh, load_shares, whole
+from softmoe_clip.training.expert_parallel import Mesh, gather_experts, load_shares
+from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors
+from softmoe_clip.training.sharded_checkpoint import is_in_parts, read_parts, read_shares, write_parts
+from softmoe_clip.training.sharding import gather_shares, is_sharded
 
 EMA_FILE = "ema.safetensors"
 
@@ -46,8 +49,33 @@ def state_of(model: nn.Module, optimizer, ema: Ema | None, mesh: Mesh | None = N
     """
     averages = {} if ema is None else ema.averages
     states = model.state_dict(), optimizer_tensors(model, optimizer), averages
-    weights, moments, averages = (whole(state, model, mesh) for state in states)
+    weights, moments, averages = (gather_experts(state, model, mesh) for state in states)
     return State(weights, moments, None if ema is None else averages)
+
+
+def whole_weights(model: nn.Module, mesh: Mesh | None, keep: bool) -> dict[str, Tensor]:
+    """Return the weights of a model folder, put together where they lie in several processes, for who keeps them.
+
+    All processes must call this together.
+    """
+    weights = merged_weights(model)
+    return gather_shares(weights, keep) if is_sharded(model) else gather_experts(weights, model, mesh)
+
+
+def shared_state(
+    folder: Path, model: nn.Module, optimizer, step: int, ema: Ema | None, mesh: Mesh | None
+) -> State | Path | None:
+    """Collect what the main process does not have itself, for `save_checkpoint`; all must call this together.
+
+    None where it has all; spread experts are put together; of a sharded run each process writes its part into a folder.
+    """
+    if not is_sharded(model):
+        return None if mesh is None else state_of(model, optimizer, ema, mesh)
+    temporary = folder / f".{folder_name(step)}.parts"
+    averages = {} if ema is None else {"ema": ema.averages}
+    states = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **averages}
+    write_parts(temporary, states)
+    return temporary
 
 
 def save_checkpoint(
@@ -58,23 +86,20 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
     ema: Ema | None = None,
-    state: State | None = None,
+    shared: State | Path | None = None,
 ) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
-    `state` is given where this process holds only a part of the model.
+    `shared` is what `shared_state` returned, where this process holds only a part of the model.
     Raises OSError for a full disk; the older checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / folder_name(progress.step)
-    temporary = folder / f".{final.name}.{os.getpid()}"
+    temporary = shared if isinstance(shared, Path) else folder / f".{final.name}.{os.getpid()}"
     try:
-        temporary.mkdir()
-        state = state or state_of(model, optimizer, ema)
-        write_tensors(state.weights, temporary / "model.safetensors")
-        write_tensors(state.moments, temporary / "optimizer.safetensors")
-        if state.averages is not None:
-            write_tensors(state.averages, temporary / EMA_FILE)
+        if not isinstance(shared, Path):
+            temporary.mkdir()
+            write_state(temporary, shared or state_of(model, optimizer, ema))
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
         write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
@@ -92,6 +117,14 @@ def save_checkpoint(
         raise
     prune(folder, progress.step, keep_last, keep_every)
     return final
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Write whole tensors."""
+    write_tensors(state.weights, folder / "model.safetensors")
+    write_tensors(state.moments, folder / "optimizer.safetensors")
+    if state.averages is not None:
+        write_tensors(state.averages, folder / EMA_FILE)
 
 
 def folder_name(step: int) -> str:
@@ -150,11 +183,17 @@ UNREADABLE = (SafetensorError, OSError, ValueError, TypeError)
 
 
 def read_checkpoint(path: Path, model: nn.Module) -> tuple[State, Progress]:
-    """Read a checkpoint's files, of spread experts this process's share; raises one of UNREADABLE for a damaged one."""
+    """Read a checkpoint's files, of what is spread or sharded this process's share; UNREADABLE for a damaged one."""
     check_checksums(path)
-    weights, moments = (load_shares(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
-    averages = load_shares(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None
-    return State(weights, moments, averages), Progress(**json.loads((path / "progress.json").read_text()))
+    progress = Progress(**json.loads((path / "progress.json").read_text()))
+    if is_in_parts(path):
+        if spread_parameters(model):
+            raise OtherExperts("it was written with sharding: go on without expert_parallel until the next checkpoint")
+        states = read_parts(path, model)
+        return State(states["model"], states.get("optimizer", {}), states.get("ema")), progress
+    read = load_shares if spread_parameters(model) else read_shares
+    weights, moments = (read(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
+    return State(weights, moments, read(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None), progress
 
 
 def fill(model: nn.Module, optimizer, state: State, path: Path) -> None:

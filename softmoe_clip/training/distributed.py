@@ -28,6 +28,8 @@ def make_accelerator(precision: str):
             f"{launched} processes were launched (WORLD_SIZE) but cannot find each other without {', '.join(lacking)}. "
             f"Use: {HOW_TO_LAUNCH}"
         )
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision=fp16 needs a GPU: take bf16 or float32")
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
     launched = int(os.environ.get("WORLD_SIZE", 1))

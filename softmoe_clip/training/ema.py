@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from softmoe_clip.config import EmaConfig
+from softmoe_clip.training.sharding import local
 
 
 class Ema:
@@ -37,7 +39,7 @@ class Ema:
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Let a model compute with the averages, and give it its own weights back, to the bit; nothing is copied."""
+        """Let a model compute with the averages, and give it its own weights back, to the bit."""
         self.swap(model)
         try:
             yield
@@ -47,7 +49,12 @@ class Ema:
     def swap(self, model: nn.Module) -> None:
         """Exchange weights and averages."""
         for name, parameter in model.named_parameters():
-            if name in self.averages:
+            if name in self.averages and isinstance(parameter, DTensor):  # fully_shard knows a share by its memory
+                own, average = local(parameter), local(self.averages[name])
+                kept = own.clone()
+                own.copy_(average)
+                average.copy_(kept)
+            elif name in self.averages:
                 parameter.data, self.averages[name] = self.averages[name], parameter.data
 
     def fill(self, averages: dict[str, Tensor]) -> None:

@@ -95,7 +95,7 @@ def whole_norms(
     return torch.where(is_spread, squares.sqrt(), each)
 
 
-def whole(tensors: dict[str, Tensor], model: nn.Module, mesh: Mesh | None) -> dict[str, Tensor]:
+def gather_experts(tensors: dict[str, Tensor], model: nn.Module, mesh: Mesh | None) -> dict[str, Tensor]:
     """Return tensors named `<parameter>` or `<parameter>|<entry>`, those of spread experts whole, in the main process.
 
     All processes must call this together; what the others get back is not whole. What the main process gets of spread

@@ -16,6 +16,7 @@ from softmoe_clip.data_pipelines.loader import Batch
 from softmoe_clip.moe.stats import collect_routing
 from softmoe_clip.training.distributed import gather_objects, rank
 from softmoe_clip.training.expert_parallel import Mesh, whole_norms
+from softmoe_clip.training.sharding import local, norms_of_shares
 
 KEYS_TOLD = 16  # in the sentence; the file has all
 LISTED = 50  # names of parameters or gradients that are not finite
@@ -50,12 +51,14 @@ def tower_of(name: str) -> str:
 def gradient_norms(model: nn.Module, mesh: Mesh | None = None) -> GradientNorms:
     """Measure the gradients in one pass; `total` has the bits that torch's clip_grad_norm_ would find.
 
-    Of experts that are spread over processes the norms are those of all of them, the same in every process.
+    Of what is spread or shared out over processes the norms are those of the whole, the same in every process.
     """
     found = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     names, gradients = [name for name, _ in found], [gradient for _, gradient in found]
-    each = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients, 2.0)])
-    each = whole_norms(names, each, model, mesh)
+    each = torch.stack(
+        [norm.to(gradients[0].device) for norm in torch._foreach_norm([local(g) for g in gradients], 2.0)]
+    )
+    each = norms_of_shares(gradients, whole_norms(names, each, model, mesh))
     return GradientNorms(torch.linalg.vector_norm(each), each, names)
 
 

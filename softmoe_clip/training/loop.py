@@ -1,16 +1,13 @@
 """The training loop: read it from top to bottom. What happens now and then stands where it happens."""
 
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import nn
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
@@ -19,21 +16,20 @@ from softmoe_clip.data_pipelines.train_set import batches_of, open_train, statem
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, state_of
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
 from softmoe_clip.training.distill import load_teacher
 from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
 from softmoe_clip.training.ema import Ema
+from softmoe_clip.training.execution import set_execution
 from softmoe_clip.training.expert_parallel import (
     average_expert_gradients,
     check_spread,
     kept_out_of_ddp,
     make_mesh,
     told_of_spread,
-    whole,
 )
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.guards import GradientNorms, gradient_norms, must_stop, not_finite
-from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.measure import check_measured, measure
@@ -43,7 +39,16 @@ from softmoe_clip.training.remote_run import run_at
 from softmoe_clip.training.routing_watch import RoutingWatch, watched_layers
 from softmoe_clip.training.run_folder import Stopped, as_tree, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
+from softmoe_clip.training.sharding import (
+    UnderAutocast,
+    average_scalar_gradients,
+    clip_gradients,
+    is_sharded,
+    shard,
+    told_of_shards,
+)
 from softmoe_clip.training.step import Stepper, check_chunk_size
+from softmoe_clip.training.stop_signals import stop_signals
 from softmoe_clip.training.trackers import check_trackers
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
@@ -78,6 +83,8 @@ def train(config: TrainConfig) -> Path:
     picture = run_picture(config, loaded, shards)
     check_chunk_size(config.chunk_size, loaded.model)
     turned_off = draw_by_position(loaded.model)
+    set_execution(loaded.model, config)
+    shard(loaded.model, config, accelerator.num_processes, device)  # before: no device need hold all of it
     towers = loaded.model.to(device)
     optimizer = make_optimizer(towers, config.optim)
     teacher = load_teacher(config, loaded.preprocess_cfg, device)
@@ -95,7 +102,11 @@ def train(config: TrainConfig) -> Path:
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
-    model, optimizer = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)), optimizer)
+    sharded = is_sharded(towers)
+    if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
+        model, optimizer = UnderAutocast(towers, accelerator.autocast), accelerator.prepare(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)), optimizer)
     stepper = Stepper(
         model,
         towers,
@@ -106,7 +117,7 @@ def train(config: TrainConfig) -> Path:
         config.duplicates,
         config.chunk_size,
         accelerator.backward,
-        partial(accelerator.no_sync, model),
+        nullcontext if sharded else partial(accelerator.no_sync, model),  # whole gradients are not to be kept
     )
     log = RunLog(run, done.step, config.trackers, as_tree(config)) if is_main else nullcontext()
     watch = RoutingWatch(watched_layers(towers), config.optim.warmup, log.lines_before if is_main else ())
@@ -116,7 +127,7 @@ def train(config: TrainConfig) -> Path:
         num_replaced = len(read_ledger(ledger))
         pairs = f"{len(shards):,}" if len(shards) else "streamed"
         say(f"{accelerator.num_processes} process(es) on {device}, {pairs} pairs, batch {config.batch_size}")
-        for line in (*statement(shards), *turned_off, *told_of_spread(towers, mesh)):
+        for line in (*statement(shards), *turned_off, *told_of_spread(towers, mesh), *told_of_shards(towers)):
             say(line)
         if config.freeze or config.lora is not None:
             say(f"trained parameters: {in_words(towers)}")
@@ -130,15 +141,15 @@ def train(config: TrainConfig) -> Path:
         if ema is not None:
             with ema.in_place(towers):
                 save_model(run / "model_ema")
-        state = None if mesh is None else state_of(towers, optimizer, ema, mesh)
+        shared = shared_state(run / "checkpoints", towers, optimizer, done.step, ema, mesh)
         if is_main:
             kept = config.keep_last, config.keep_every
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, state)
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared)
             place.upload(done.step)
         accelerator.wait_for_everyone()
 
     def save_model(folder: Path) -> None:
-        weights = whole(merged_weights(towers), towers, mesh)
+        weights = whole_weights(towers, mesh, keep=is_main)
         if is_main:
             save(loaded, folder, weights)
 
@@ -191,10 +202,11 @@ def train(config: TrainConfig) -> Path:
                 raise broken("loss", loss_value + aux_value)
             accelerator.unscale_gradients()
             average_expert_gradients(towers, mesh)
+            average_scalar_gradients(towers)
             norms = gradient_norms(towers, mesh)
             if must_stop(norms.total.item(), accelerator):
                 raise broken("gradient norm", norms.total.item(), norms)
-            nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_norm or math.inf, norms.total)
+            clip_gradients(towers, config.optim.clip_norm, norms.total)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if config.loss == "clip":
@@ -235,7 +247,7 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and not stopping:
                 measuring = perf_counter()
-                if is_main or (mesh is not None and mesh.with_main):  # who has a part of the experts must take part
+                if is_main or sharded or (mesh is not None and mesh.with_main):  # who holds a part must take part
                     averaged = ema.in_place(towers) if ema is not None else nullcontext()
                     with averaged, nullcontext() if is_main else quietly():
                         numbers = measure(loaded, config, run, step, device, writes=is_main)
@@ -274,21 +286,3 @@ def check_batch_size(batch_size: int, num_processes: int, group_size: int = 1) -
             f"each of the {num_processes} processes gets {batch_size // num_processes} images, which do not divide "
             f"into routing groups of {group_size}: change batch_size or group_size"
         )
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of dying of them; a second Ctrl-C stops at once."""
-    received: list[int] = []
-
-    def receive(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,7 +20,7 @@ def measure(
 ) -> dict[str, float]:
     """Return `val/loss` and the suite's metrics as `eval/...`; its results also go into the run's folder `eval`.
 
-    A process that only lends its experts does the same and writes nothing.
+    A process that only lends its share of the model does the same and writes nothing.
     """
     encoder = Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, config.precision, batch_size=128)
     numbers = {}

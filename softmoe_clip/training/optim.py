@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from softmoe_clip.config import OptimConfig
-from softmoe_clip.training.optimizer_state import rehearse
+from softmoe_clip.training.optimizer_state import rehearse, rehearse_shares
 from softmoe_clip.training.rates import rate_factors
+from softmoe_clip.training.sharding import mesh_of
 
 Schedule = Callable[[int], float]
 
@@ -81,11 +82,15 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     def make(groups: list[dict]) -> torch.optim.Optimizer:
         return create_optimizer_v2(groups, config.name, lr=config.lr, **options)
 
+    mesh = mesh_of(model)
     try:
         rehearse(make)
+        if mesh is not None:
+            rehearse_shares(make, mesh)
     except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"optim.name={config.name} cannot be used here: {reason}") from None
+        reason = " ".join(str(error).split())[:200] or f"it fails ({type(error).__name__})"
+        where = "here" if mesh is None else "with sharding=full"
+        raise ValueError(f"optim.name={config.name} cannot be used {where}: {reason}") from None
     return make(parameter_groups(model, config))
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
+
+from softmoe_clip.training.sharding import share_of
 
 GROUP = "group "  # no parameter has a space in its name
 SETTINGS = {"params", "lr", "lr_scale", "weight_decay"}  # of a group: the run's config has them, no step changes them
@@ -101,15 +105,55 @@ def rehearse(make: Callable[[list[dict]], Optimizer]) -> None:
         raise ValueError("its steps are not the same after it is saved and loaded")
 
 
-def toy(make: Callable[[list[dict]], Optimizer]) -> tuple[nn.ParameterDict, Optimizer]:
-    """Make an optimizer of parameters of every kind that a tower has, in two groups."""
-    shapes = {"matrix": (4, 3), "experts": (2, 4, 3), "bias": (3,), "scale": ()}
-    model = nn.ParameterDict(
-        {name: nn.Parameter(torch.linspace(0.1, 1.0, math.prod(shape)).view(shape)) for name, shape in shapes.items()}
-    )
+def rehearse_shares(make: Callable[[list[dict]], Optimizer], mesh: DeviceMesh) -> None:
+    """Take the toy's steps with parameters that are shared out; ValueError if they are not those of whole ones.
+
+    So an optimizer is refused that looks at a share as if it were the whole, or that cannot go on from whole state.
+    All processes of the mesh must call this together.
+    """
+    start, (model, optimizer) = toy(make, LARGE)[0], toy(make, LARGE)
+    (shares, share_optimizer), (twin, twin_optimizer) = (toy(make, LARGE, mesh) for _ in range(2))
+    toy_steps(shares, share_optimizer, 3)
+    twin.load_state_dict(shares.state_dict())
+    saved = {key: whole_tensor(tensor).clone() for key, tensor in optimizer_tensors(shares, share_optimizer).items()}
+    shared = {key: share_of(tensor, shares[key.partition("|")[0]]) for key, tensor in saved.items() if GROUP not in key}
+    fill_optimizer(twin, twin_optimizer, saved | shared)
+    toy_steps(model, optimizer, 5)
+    toy_steps(twin, twin_optimizer, 2)
+    for name, share in twin.items():
+        change, expected = whole_tensor(share).cpu() - start[name], model[name] - start[name]
+        if (change - expected).abs().max() > 1e-3 * expected.abs().max() + 1e-8:
+            raise ValueError("its steps are not the same where parameters are shared out")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Put a tensor together, if it is shared out."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+SMALL = {"matrix": (4, 3), "experts": (2, 4, 3), "bias": (3,), "scale": ()}
+# From 128 rows and columns on, optimizers keep less of a matrix than all its moments.
+LARGE = {"matrix": (136, 130), "experts": (2, 136, 130), "bias": (3,), "scale": ()}
+
+
+@torch.no_grad()
+def toy(
+    make: Callable[[list[dict]], Optimizer], shapes: dict[str, tuple[int, ...]] = SMALL, mesh: DeviceMesh | None = None
+) -> tuple[nn.ParameterDict, Optimizer]:
+    """Make an optimizer of parameters of every kind that a tower has, in two groups, shared out over a mesh or not."""
+    start = {name: torch.linspace(0.1, 1.0, math.prod(shape)).view(shape) for name, shape in shapes.items()}
+    if mesh is not None:
+        start = {name: shared_out(tensor, mesh) for name, tensor in start.items()}
+    model = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in start.items()})
     parameters = list(model.values())
     groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
     return model, make([group | {"lr_scale": 1.0} for group in groups])
+
+
+def shared_out(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Leave this process its rows of a tensor, as fully_shard would."""
+    tensor = tensor.to(mesh.device_type)
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None) if tensor.dim() else tensor
 
 
 def toy_steps(model: nn.ParameterDict, optimizer: Optimizer, num_steps: int) -> None:

@@ -1,0 +1,36 @@
+"""How towers are run, which changes no number but for float error: computed again for backward, and compiled."""
+
+import open_clip
+from torch import nn
+
+from softmoe_clip.config import TrainConfig
+
+BACKEND = "inductor"  # of torch.compile
+TOWERS = ("visual", "text", "transformer", "text_decoder")  # as open_clip's models call them
+
+
+def set_execution(model: nn.Module, config: TrainConfig) -> None:
+    """Prepare the towers for what the config says of memory and speed; names of parameters stay as they are."""
+    if config.grad_checkpointing:
+        checkpoint_gradients(model)
+    if config.compile:
+        for name in TOWERS:
+            if isinstance(tower := getattr(model, name, None), nn.Module):
+                tower.compile(backend=BACKEND)  # in place: torch.compile(tower) would rename all within
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let both towers keep only their blocks' inputs; ValueError, one sentence, for a tower that cannot."""
+    trunk = getattr(model.visual, "trunk", None)
+    try:
+        if trunk is not None:  # open_clip only warns of it
+            trunk.set_grad_checkpointing(True)
+        if isinstance(getattr(model, "text", None), open_clip.hf_model.HFTextEncoder):
+            # The other form warns, and does without gradients where only a part of a tower is trained.
+            model.text.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            model.visual.set_grad_checkpointing(True)
+        else:
+            model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"grad_checkpointing: a tower has no such thing ({reason}): leave it out") from None
