@@ -21,12 +21,16 @@ def places(num_processes: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in place.items()} for place in ranks]
 
 
-def run_verb(num_processes: int, folder: Path, *arguments: object) -> list[tuple[int, str]]:
-    """Run `softmoe-clip ARGUMENTS` to the end in each process; return the exit statuses and what they said."""
+def run_verb(num_processes: int, folder: Path, *arguments: object, **limits: object) -> list[tuple[int, str]]:
+    """Run `softmoe-clip ARGUMENTS` to the end in each process; return the exit statuses and what they said.
+
+    `limits` are those of `start_verb`, for the last process.
+    """
     files = [folder / f"{rank}.txt" for rank in range(num_processes)]
-    started = [
-        start_verb(arguments, folder, file, place) for file, place in zip(files, places(num_processes), strict=True)
-    ]
+    started = []
+    for file, place in zip(files, places(num_processes), strict=True):
+        of_this = limits if len(started) == num_processes - 1 else {}
+        started.append(start_verb(arguments, folder, file, place, **of_this))
     return ended(started, files)
 
 

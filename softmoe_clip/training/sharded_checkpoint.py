@@ -1,6 +1,7 @@
 """Checkpoints of a sharded run: each process writes its part, and any number of processes read them, also one."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from softmoe_clip.data_pipelines.new_folder import NO_SPACE
 from softmoe_clip.training.sharding import share_of
 
 PARTS = "shard-*.safetensors"  # as torch's HuggingFaceStorageWriter calls them
@@ -33,9 +35,14 @@ def write_parts(folder: Path, states: Mapping[str, State]) -> None:
     try:
         dcp.save(tensors, storage_writer=writer)
     except dcp.api.CheckpointException as error:  # no Exception, so that nothing else would take it for one
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
-        number = reason.errno if isinstance(reason, OSError) else None
-        raise OSError(number or 0, f"a process cannot write its part of {folder}: {reason}") from None
+        if isinstance(reason, OSError) and reason.errno in NO_SPACE:
+            raise OSError(
+                f"no space left while writing {folder}: free some and start the same command again to go on"
+            ) from None
+        raise OSError(f"a process cannot write its part of {folder}: {' '.join(str(reason).split())}") from None
     dist.barrier()
     if (found := len([*folder.glob(PARTS)])) != dist.get_world_size():
         raise OSError(
@@ -63,7 +70,9 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, State]:
         else:
             tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)  # no talk: each process sees all files
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)  # no talk: each process sees all files
     except dcp.api.CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from None
     states: dict[str, State] = {}
