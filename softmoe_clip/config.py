@@ -248,8 +248,6 @@ class TrainConfig:
             )
         if self.data.image_features is not None:
             raise ValueError("sharding=full needs pictures, not data.image_features: leave one of both out")
-        if self.compile:
-            raise ValueError("sharding=full cannot be compiled here: leave sharding or compile out")
 
     @property
     def last_step(self) -> int:

@@ -82,15 +82,17 @@ def test_compiled_towers_train_the_same_model_under_the_same_names(with_masks, t
     plain = train(load_strict(TrainConfig, settings))
     file = tmp_path / "config.yaml"
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
-    compiled = tmp_path / "compiled"
-    (said,) = look(1, tmp_path, "compiled_run", str(file), f"out={compiled}")
-    assert said["graphs"] > 1
-    weights, others = (load_file(run / WEIGHTS) for run in (compiled, plain))
-    assert weights.keys() == others.keys()
-    for name in others:
-        torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-5, msg=name)
-    for line, other in zip(metrics(compiled), metrics(plain), strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    compiled, shared = tmp_path / "compiled", tmp_path / "shared"
+    said = look(1, tmp_path, "compiled_run", str(file), f"out={compiled}")
+    said += look(2, tmp_path, "compiled_run", str(file), f"out={shared}", "sharding=full")
+    assert all(told["graphs"] > 1 for told in said)
+    for run in (compiled, shared):
+        weights, others = load_file(run / WEIGHTS), load_file(plain / WEIGHTS)
+        assert weights.keys() == others.keys()
+        for name in others:
+            torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-5, msg=name)
+        for line, other in zip(metrics(run), metrics(plain), strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     # A checkpoint of either goes on as the other.
     shutil.rmtree(compiled / "model")
     assert train(load_strict(TrainConfig, settings | {"out": str(compiled), "steps": 4}))

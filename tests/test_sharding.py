@@ -178,7 +178,6 @@ def test_frozen_parts_a_teacher_and_half_precision_can_be_sharded(finish, tmp_pa
         (["precision=fp16"], "sharding=full cannot skip steps in all processes alike, as fp16 must: take bf16"),
         (["lora.targets=[mlp]"], "sharding=full has no adapters"),
         (["data.image_features=features", "data.augment=none"], "sharding=full needs pictures"),
-        (["compile=true"], "sharding=full cannot be compiled here"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(tiny_config, settings, message):
