@@ -115,7 +115,7 @@ def lead(tower: list, numbers: Numbers, num_sparse: int = 0) -> str:
             f"layer{'s' * (num_sparse > 1)}, whose experts take whole patches: there are no slots to draw maps of."
         )
     what = what or "Two towers, one for pictures and one for text."
-    name = next((name for name in sorted(numbers.metrics) if name.endswith("text_to_image/recall@1")), None)
+    name = next((name for name in numbers.metrics if name.endswith("text_to_image/recall@1")), None)
     if name is None or not numbers.chance.get(name):
         return what
     value, chance = numbers.metrics[name], numbers.chance[name]

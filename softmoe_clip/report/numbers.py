@@ -83,6 +83,6 @@ def headline_figures(numbers: Numbers, count: int = 6) -> list[Figure]:
     chosen = []
     for ending in HEADLINE:
         found = [name for name in numbers.metrics if name.endswith(f"/{ending}")]
-        chosen += sorted(found, key=lambda name: (name.count("/"), name))  # the whole before its parts
+        chosen += sorted(found, key=lambda name: name.count("/"))  # the whole before its parts, else as in the suite
     chosen = chosen or [name for name in sorted(numbers.metrics) if is_share(name)]
     return [figure(name, numbers.metrics[name], numbers.chance.get(name)) for name in chosen[:count]]
