@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from time import perf_counter
 
 from flickr8k import CONFIG, softmoe_clip
-from machine import machine
+from machine import machine, write_results
 from turns import TUNED, serve, take_turns
 from upcycling import merged
 
@@ -55,14 +55,15 @@ def main() -> None:
         return
     pack(options)
     write_suite(options)
-    seconds = seconds_of_steps(options)
-    rows = {}
+    seconds, rows = seconds_of_steps(options), {}
+    gflops = {name: forward_gflops(options, name) for name in SETTINGS}
     for seed in range(options.seeds):
         for name in SETTINGS:
             rows.setdefault(name, []).append(curve(options, name, seed))
             found = {"machine": machine(), "steps": options.steps, "batch_size": options.batch_size}
-            save(options, found | {"seconds_per_step": seconds, "settings": SETTINGS, "curves": rows})
-    print(table(options.set, rows, seconds))
+            found |= {"seconds_per_step": seconds, "forward_gflops": gflops, "settings": SETTINGS, "curves": rows}
+            write_results(options.out, {options.set: found})
+    print(table(options.set, rows, seconds, gflops))
     draw(options.set, rows, seconds, options.out.with_name(f"quality_{options.set}.png"))
 
 
@@ -176,11 +177,11 @@ def work(options) -> None:
     from softmoe_clip.moe.stats import collect_routing
     from softmoe_clip.training.build import build
     from softmoe_clip.training.losses import LOSSES
-    from softmoe_clip.training.optim import adamw
+    from softmoe_clip.training.optim import make_optimizer
 
     settings = config(options, options.work_on, 0, options.folder / "timing", 1, measured=False)
     loaded = build(settings)
-    optimizer = adamw(loaded.model, settings.optim)
+    optimizer = make_optimizer(loaded.model, settings.optim)
     images = torch.randn(options.batch_size, 3, loaded.image_size, loaded.image_size)
     token_ids = loaded.tokenizer(["a picture of a thing"] * options.batch_size)
 
@@ -197,6 +198,15 @@ def work(options) -> None:
     serve(step)
 
 
+def forward_gflops(options, name: str) -> float:
+    """Count the image tower's forward pass of one picture."""
+    from softmoe_clip.models.complexity import image_complexity
+    from softmoe_clip.training.build import build
+
+    loaded = build(config(options, name, 0, options.folder / "counting", 1, measured=False))
+    return image_complexity(loaded.model.visual, loaded.image_size).flops / 1e9
+
+
 def at_minutes(points: dict[str, list[float]], metric: str, seconds: float, minutes: float) -> float:
     """Read a curve off at a time, on the straight line between the two measurements around it."""
     import numpy as np
@@ -204,17 +214,17 @@ def at_minutes(points: dict[str, list[float]], metric: str, seconds: float, minu
     return float(np.interp(minutes, [step * seconds / 60 for step in points["step"]], points[metric]))
 
 
-def table(name: str, rows: dict[str, list[dict]], seconds: dict[str, float]) -> str:
+def table(name: str, rows: dict[str, list[dict]], seconds: dict[str, float], gflops: dict[str, float]) -> str:
     """Lay out mean and spread (standard deviation over seeds), in percent, as Markdown."""
     metrics = MEASURED[name]
     minutes = min(curves[0]["step"][-1] * seconds[setting] / 60 for setting, curves in rows.items())
     titles = [f"{metric}, {when}" for when in ("equal steps", f"{minutes:.1f} minutes") for metric in metrics]
-    lines = [f"| {name} | ms a step | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (1 + len(titles))]
+    lines = [f"| {name} | GFLOP | ms a step | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(titles))]
     for setting, curves in rows.items():
         steps = [[points[metric][-1] for points in curves] for metric in metrics]
         timed = [[at_minutes(points, metric, seconds[setting], minutes) for points in curves] for metric in metrics]
         cells = " | ".join(f"{100 * mean(v):.1f} ± {100 * stdev(v) if len(v) > 1 else 0:.1f}" for v in steps + timed)
-        lines.append(f"| {setting} | {1000 * seconds[setting]:.0f} | {cells} |")
+        lines.append(f"| {setting} | {gflops[setting]:.3f} | {1000 * seconds[setting]:.0f} | {cells} |")
     return "\n".join(lines)
 
 
@@ -242,13 +252,6 @@ def draw(name: str, rows: dict[str, list[dict]], seconds: dict[str, float], file
     figure.axes[0].legend(frameon=False, fontsize=9.5)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-
-
-def save(options, found: dict) -> None:
-    """Write what is there so far."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(before | {options.set: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
