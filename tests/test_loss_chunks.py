@@ -60,10 +60,10 @@ def test_a_chunk_holds_as_many_rows_as_are_asked_for_and_no_more_logits_than_the
     assert rows_at_once(100, 100, 30) == 30
     assert rows_at_once(100, 100, 300) == 100
     assert rows_at_once(4_096, 4_096, None) == 4_096
-    assert rows_at_once(4_097, 4_097, None) == 1_023
-    assert rows_at_once(32_768, 32_768, None) == 128
-    assert rows_at_once(32_768, 32_768, 100) == 100
-    assert rows_at_once(1_024, 32_768, 1_000) == 128
+    assert rows_at_once(4_097, 4_097, None) == 255
+    assert rows_at_once(32_768, 32_768, None) == 32
+    assert rows_at_once(32_768, 32_768, 100) == 32
+    assert rows_at_once(1_024, 32_768, 1_000) == 32
     assert rows_at_once(2, 2**30, None) == 1
     with pytest.raises(ValueError, match="chunk_size counts rows from 1, got 0"):
         rows_at_once(4, 4, 0)

@@ -16,8 +16,8 @@ RowLoss = Callable[[Rows, Columns, Scalar, Scalar | None, int], Scalar]
 
 # More logits than this never exist at a time: 64 MiB in float32, of which a loss holds about four copies.
 MAX_LOGITS = 2**24
-# Where there are more, chunks are smaller: those that stay in a processor's cache take half the time of the whole.
-CHUNK_LOGITS = 2**22
+# Chunks are smaller: those that stay in a processor's cache take half the time of the whole, and 20 MiB in all.
+CHUNK_LOGITS = 2**20
 
 
 def over_rows(
@@ -47,7 +47,8 @@ def rows_at_once(num_rows: int, num_columns: int, chunk_size: int | None) -> int
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size counts rows from 1, got {chunk_size}")
     size = min(num_rows, chunk_size or num_rows)
-    return size if size * num_columns <= MAX_LOGITS else max(1, min(size, CHUNK_LOGITS // num_columns))
+    fits = chunk_size is None and size * num_columns <= MAX_LOGITS
+    return size if fits else max(1, min(size, CHUNK_LOGITS // num_columns))
 
 
 class _InChunks(torch.autograd.Function):
