@@ -48,6 +48,14 @@ def test_a_branch_goes_on_after_its_trunk_is_gone(tiny_config, tmp_path):
     assert [json.loads(line)["step"] for line in (branch / "metrics.jsonl").read_text().splitlines()] == [5, 6]
 
 
+def test_a_branch_may_be_written_to_a_url(tiny_config, tmp_path):
+    train(tiny_config("out=trunk", "steps=4", *RSQRT))
+    settings = ("steps=6", "init=trunk/checkpoints/step_00000004", *RSQRT)
+    here, there = train(tiny_config("out=branch", *settings)), tmp_path / "bucket/branch"
+    train(tiny_config(f"out=file://{there}", f"working_folder={tmp_path / 'work'}", *settings))
+    assert (there / WEIGHTS).read_bytes() == (here / WEIGHTS).read_bytes()
+
+
 def test_a_new_run_from_a_trunks_weights_begins_at_its_own_full_rate(tiny_config):
     constant = ("optim.schedule=constant", "optim.warmup=0")
     trunk = train(tiny_config("out=trunk", "steps=2", *constant))

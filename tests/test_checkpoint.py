@@ -1,6 +1,7 @@
 """Checkpoints: the same bits back, damage named and passed over, nothing half-written, the newest kept."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -56,6 +57,14 @@ def saved(folder, *steps, keep_last=10, keep_every=0):
 
 def refuse_warnings(text):
     raise AssertionError(text)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    left = tmp_path / f".step_00000003.{os.getpid()}"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert save_checkpoint(tmp_path, *a_model(), Progress(3, 24), keep_last=2).is_dir()
+    assert load_newest(tmp_path, *a_model(seed=1), refuse_warnings).step == 3
 
 
 def test_a_checkpoint_gives_the_same_bits_back_and_the_same_steps_after_it(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step
 
@@ -90,6 +91,17 @@ def test_a_run_from_before_there_were_windows_goes_on_where_its_order_is_the_sam
     saved.write_text(without)
     with pytest.raises(ValueError, match=r"data\.window: 0 then, 32 now"):
         begin(run, tiny_config(), Data(num_shards=33))
+
+
+def test_a_run_with_decay_rules_of_its_own_goes_on_under_them_and_no_others(run, tiny_config):
+    own, saved = "optim.weight_decay={'.*': 0.05}", run / "config.yaml"
+    begin(run, tiny_config(), Data())
+    with pytest.raises(ValueError, match=r"optim\.weight_decay\.\.\*: 0\.1 then, 0\.05 now"):
+        begin(run, tiny_config(own), Data())
+    saved.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(tiny_config(own)))))
+    begin(run, tiny_config(own), Data())
+    with pytest.raises(ValueError, match=r"optim\.weight_decay\.\.\*: 0\.05 then, 0\.1 now"):
+        begin(run, tiny_config(), Data())
 
 
 def test_all_differences_are_named(run, tiny_config):

@@ -71,6 +71,19 @@ def test_two_processes_with_shares_train_the_model_that_one_trains(finish, scene
 
 
 @pytest.mark.slow
+def test_so_do_they_with_open_clips_own_model_whose_text_projection_lies_outside_of_its_towers(
+    finish, architecture_file, tmp_path
+):
+    architecture = json.loads(architecture_file.read_text()) | {"custom_text": False}
+    text = ("context_length", "vocab_size", "width", "heads", "layers")
+    architecture["text_cfg"] = {name: architecture["text_cfg"][name] for name in text}
+    file = tmp_path / "native.json"
+    file.write_text(json.dumps(architecture))
+    settings = (f"model.arch={file}", "model.image_moe.num_experts=4", "steps=2")
+    assert_same_run(finish("two", 2, *settings, "sharding=full"), finish("one", 1, *settings))
+
+
+@pytest.mark.slow
 def test_so_do_they_with_a_tower_of_timm_that_is_computed_again_for_backward(finish, timm_file):
     settings = (f"model.arch={timm_file}", "model.image_moe=null", "steps=3")
     one, two = finish("one", 1, *settings), finish("two", 2, *settings, "sharding=full", "grad_checkpointing=true")

@@ -98,6 +98,7 @@ def save_checkpoint(
     temporary = shared if isinstance(shared, Path) else folder / f".{final.name}.{os.getpid()}"
     try:
         if not isinstance(shared, Path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
             temporary.mkdir()
             write_state(temporary, shared or state_of(model, optimizer, ema))
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
@@ -188,7 +189,7 @@ def read_checkpoint(path: Path, model: nn.Module) -> tuple[State, Progress]:
     progress = Progress(**json.loads((path / "progress.json").read_text()))
     if is_in_parts(path):
         if spread_parameters(model):
-            raise OtherExperts("it was written with sharding: go on without expert_parallel until the next checkpoint")
+            raise OtherExperts("it is in parts, of sharding=full: write one with sharding=none first")
         states = read_parts(path, model)
         return State(states["model"], states.get("optimizer", {}), states.get("ema")), progress
     read = load_shares if spread_parameters(model) else read_shares

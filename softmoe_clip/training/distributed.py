@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,16 @@ HOW_TO_LAUNCH = (
 )
 
 
+# How long processes wait for one that evaluates, or writes a large checkpoint; NCCL's own patience is ten minutes.
+PATIENCE = timedelta(hours=4)
+
+
 def make_accelerator(precision: str):
     """Return Accelerate's state for this process; refuse a launch whose processes do not know of each other.
 
     Without `cpu=True` a launch of two CPU processes starts two runs, each believing it is alone (Accelerate 1.15).
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1 and lacking:
@@ -31,7 +36,8 @@ def make_accelerator(precision: str):
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision=fp16 needs a GPU: take bf16 or float32")
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed)
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=[patient])
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(

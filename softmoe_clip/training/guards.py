@@ -96,7 +96,7 @@ def not_finite(
         "step": step,
         **numbers,
         **(norms.by_tower() if norms else {}),
-        "parameters_not_finite": tensors_not_finite(dict(towers.named_parameters())),
+        "parameters_not_finite": found_anywhere(parts),
         "gradients_not_finite": norms.not_finite() if norms else None,
         "processes": parts,
     }
@@ -130,9 +130,16 @@ def part_of_process(batch: Batch, towers: nn.Module, again: Callable[[], Any]) -
         "rank": rank(),
         "first_output_not_finite": first,
         "problem": problem,
+        "parameters_not_finite": tensors_not_finite({name: local(p) for name, p in towers.named_parameters()}),
         "routing": routing,
         "pairs": [{"position": position, "key": key, "caption": caption} for position, key, caption in places],
     }
+
+
+def found_anywhere(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take the parameters that are not finite out of what processes know, each once: shares differ between them."""
+    found = {entry["name"]: entry for part in parts for entry in part.pop("parameters_not_finite")}
+    return [*found.values()][:LISTED]
 
 
 @contextmanager

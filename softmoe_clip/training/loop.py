@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> Path:
     with accelerator.main_process_first():  # what only the main process's machine has must be uploaded before
         if accelerator.is_local_main_process:
             place.fetch()
+    accelerator.wait_for_everyone()  # until the other machines have fetched it too
     if is_finished(run, config):
         if is_main:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
@@ -98,10 +99,10 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     warn = say if is_main else lambda text: None
     done = load_newest(run / "checkpoints", towers, optimizer, warn, ema)
-    done = branched if branched is not None and not done.step else done
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
+    done = branched if branched is not None and not done.step else done
     sharded = is_sharded(towers)
     if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
         model, optimizer = UnderAutocast(towers, accelerator.autocast), accelerator.prepare(optimizer)
@@ -245,7 +246,7 @@ def train(config: TrainConfig) -> Path:
                 for line in watch.changes(step, numbers):
                     say(line)
                 since, pairs_since = perf_counter(), 0
-            if every(config.eval.every, step, config.last_step) and not stopping:
+            if every(config.eval.every, step, config.last_step) and (is_last or not stopping):
                 measuring = perf_counter()
                 if is_main or sharded or (mesh is not None and mesh.with_main):  # who holds a part must take part
                     averaged = ema.in_place(towers) if ema is not None else nullcontext()
@@ -262,11 +263,14 @@ def train(config: TrainConfig) -> Path:
                 begun += since - measuring
             if stopping or every(config.checkpoint_every, step, config.last_step):
                 checkpoint()
-            if stopping and not is_last:
-                stopped = f"stopped after step {step} of {config.last_step}; start the same command again to go on"
-                if is_main:
-                    say(stopped)
-                raise Stopped(stopped)
+            if stopping:
+                break
+    accelerator.wait_for_everyone()  # a launcher kills the others when the first one leaves: the main one still wrote
+    if done.step < config.last_step:
+        stopped = f"stopped after step {done.step} of {config.last_step}; start the same command again to go on"
+        if is_main:
+            say(stopped)
+        raise Stopped(stopped)
     if is_main:
         say(f"trained {config.last_step} steps; the model is {place}/model")
     return run

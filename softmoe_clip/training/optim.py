@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from softmoe_clip.config import OptimConfig
 from softmoe_clip.training.optimizer_state import rehearse, rehearse_shares
@@ -56,13 +57,15 @@ def decay_of(name: str, rules: dict[str, float]) -> float:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Return the trainable parameters in groups, one for each weight decay and factor on the learning rate."""
     factors = rate_factors(model, config)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((decay_of(name, config.weight_decay), factors[name]), []).append(parameter)
+            # Fused kernels take shares and whole tensors apart only: a native CLIP has both where it is sharded.
+            kind = decay_of(name, config.weight_decay), factors[name], isinstance(parameter, DTensor)
+            groups.setdefault(kind, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": factor}
-        for (decay, factor), parameters in groups.items()
+        for (decay, factor, _), parameters in groups.items()
     ]
 
 

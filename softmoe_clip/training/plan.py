@@ -19,6 +19,7 @@ from softmoe_clip.models.complexity import image_complexity, num_parameters, tex
 from softmoe_clip.moe.experts import Experts
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.distill import load_teacher
+from softmoe_clip.training.execution import set_execution
 from softmoe_clip.training.freeze import in_words, train_mode
 from softmoe_clip.training.lora import without_adapters
 from softmoe_clip.training.losses import LOSSES
@@ -82,6 +83,7 @@ def timed_steps(
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
     check_chunk_size(config.chunk_size, loaded.model)
     draw_by_position(loaded.model)
+    set_execution(loaded.model, config)
     towers = loaded.model.to(device)
     model = run_towers(config, towers)
     train_mode(model)

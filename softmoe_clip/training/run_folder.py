@@ -92,7 +92,11 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     one_window = now["data.window"] == 0 or num_shards <= now["data.window"]
     before.setdefault("data.window", now["data.window"] if one_window else 0)
     # A setting that a run did not know yet was then what its default is now.
-    before = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1))) | before
+    defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
+    rules = "optim.weight_decay."  # a run with rules of its own has none of the others
+    if any(key.startswith(rules) for key in before):
+        defaults = {key: value for key, value in defaults.items() if not key.startswith(rules)}
+    before = defaults | before
     differences = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
