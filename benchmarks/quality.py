@@ -6,14 +6,19 @@
 
 The six settings below were declared before the first run, and all are reported. `scenes` never shows a pair twice.
 `classes` trains on captions made from class names and measures zero-shot top-1. Each setting is trained with
-three seeds and measured on the way. Minutes are steps times the seconds of a step, taken in interleaved rounds on the
-same machine, so that what else it does changes no result; at equal minutes a curve is read off between its points.
-Results go into a JSON and a picture beside this file; runs that are finished are not repeated.
+three seeds, at a constant rate after the warm-up, so that a curve may be read off anywhere, and measured on the way.
+Each run has one thread and a process of its own, as many at once as there are cores. Minutes are steps times the
+seconds of a step, taken in interleaved rounds with all cores on the same machine, so that what else it does changes no
+result; at equal minutes a curve is read off between its points. Results go into a JSON and a picture beside this file;
+runs that are finished are not repeated.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -27,9 +32,10 @@ from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.strict import load_strict, read_yaml
 from softmoe_clip.launch import tune_cpu_memory
 
-# 14 experts with 4 slots: forward FLOPs 1 % above those of the dense tower of 64 tokens.
+# Of the dense tower's 64 tokens a picture, 56 slots leave room for the soft routing's own FLOPs; 16 sparse experts
+# take 4 tokens each. Forward FLOPs of all towers lie within 3 %.
 SOFT = {"router": "soft", "num_experts": 14, "slots_per_expert": 4}
-SPARSE = {"num_experts": 14, "capacity_factor": 1.0}
+SPARSE = {"num_experts": 16, "capacity_factor": 1.0}
 TOP_1 = {"router": "tokens_choice", "top_k": 1, "bpr": True, "importance_loss": 0.005, "load_loss": 0.005}
 SETTINGS: dict[str, dict | None] = {
     "dense": None,
@@ -37,7 +43,7 @@ SETTINGS: dict[str, dict | None] = {
     "soft, 56 experts": SOFT | {"num_experts": 56, "slots_per_expert": 1, "layers": "last_half"},
     "soft, all blocks": SOFT | {"layers": [0, 1, 2, 3]},
     "experts choice": SPARSE | {"router": "experts_choice", "layers": "last_half"},
-    "tokens choice": SPARSE | TOP_1 | {"noise_std": 1.0 / 14, "layers": "last_half"},
+    "tokens choice": SPARSE | TOP_1 | {"noise_std": 1.0, "layers": "last_half"},
 }
 MEASURED = {
     "scenes": ("zero_shot/scenes/top1", "retrieval/scenes/text_to_image/recall@1"),
@@ -50,19 +56,24 @@ HELD_OUT = {"imagenette": "val", "cifar10": "test"}
 def main() -> None:
     options = read_options()
     tune_cpu_memory()
+    if options.train:
+        name, seed = options.train.rsplit(":", 1)
+        train(options, name, int(seed))
+        return
     if options.work_on:
         work(options)
         return
     pack(options)
     write_suite(options)
-    seconds, rows = seconds_of_steps(options), {}
     gflops = {name: forward_gflops(options, name) for name in SETTINGS}
-    for seed in range(options.seeds):
-        for name in SETTINGS:
-            rows.setdefault(name, []).append(curve(options, name, seed))
-            found = {"machine": machine(), "steps": options.steps, "batch_size": options.batch_size}
-            found |= {"seconds_per_step": seconds, "forward_gflops": gflops, "settings": SETTINGS, "curves": rows}
-            write_results(options.out, {options.set: found})
+    seconds = seconds_of_steps(options)
+    with ThreadPoolExecutor(options.at_once) as pool:  # its threads only wait for processes
+        runs = [(name, seed) for seed in range(options.seeds) for name in SETTINGS]
+        curves = dict(zip(runs, pool.map(lambda run: curve(options, *run), runs), strict=True))
+    rows = {name: [curves[name, seed] for seed in range(options.seeds)] for name in SETTINGS}
+    found = {"machine": machine(), "steps": options.steps, "batch_size": options.batch_size}
+    found |= {"seconds_per_step": seconds, "forward_gflops": gflops, "settings": SETTINGS, "curves": rows}
+    write_results(options.out, {options.set: found})
     print(table(options.set, rows, seconds, gflops))
     draw(options.set, rows, seconds, options.out.with_name(f"quality_{options.set}.png"))
 
@@ -77,8 +88,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs, each with one thread")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/quality.json")
     parser.add_argument("--work-on", help=argparse.SUPPRESS)
+    parser.add_argument("--train", metavar="SETTING:SEED", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder = options.work / options.set
     return options
@@ -139,7 +152,7 @@ def config(options, name: str, seed: int, run: Path, steps: int, measured: bool)
         "batch_size": options.batch_size,
         "data": {"train": train[0] if len(train) == 1 else train, "val": None},
         "tokenizer": str(options.folder / "tokenizer.model"),
-        "optim": {"warmup": max(1, steps // 10)},
+        "optim": {"schedule": "constant", "warmup": max(1, steps // 10)},
         "model": {"arch": "PlainViT-demo", "image_moe": SETTINGS[name]},
         "eval": {
             "every": options.steps // options.points if measured else 0,
@@ -149,18 +162,35 @@ def config(options, name: str, seed: int, run: Path, steps: int, measured: bool)
     return load_strict(TrainConfig, merged(read_yaml(find_config(CONFIG)), changes))
 
 
-def curve(options, name: str, seed: int) -> dict[str, list[float]]:
-    """Train one setting with one seed and return what was measured on the way."""
+def run_folder(options, name: str, seed: int) -> Path:
+    return options.folder / f"{options.steps}_steps" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+
+
+def train(options, name: str, seed: int) -> None:
+    """Train one setting with one seed, in a process of its own."""
     from softmoe_clip.training.loop import train
 
-    run = options.folder / f"{options.steps}_steps" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-    print(f"{options.set}: {name}, seed {seed}", file=sys.stderr)
-    train(config(options, name, seed, run, options.steps, measured=True))
+    train(config(options, name, seed, run_folder(options, name, seed), options.steps, measured=True))
+
+
+def curve(options, name: str, seed: int) -> dict[str, list[float]]:
+    """Have one setting trained with one seed and return what was measured on the way."""
+    run = run_folder(options, name, seed)
+    log = run.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *sys.argv, "--train", f"{name}:{seed}"]
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"{name}, seed {seed}, stopped: {log} says why. The same command goes on from there")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if f"eval/{MEASURED[options.set][0]}" in line]
-    return {"step": [line["step"] for line in lines]} | {
-        metric: [line[f"eval/{metric}"] for line in lines] for metric in MEASURED[options.set]
-    }
+    found = {metric: [line[f"eval/{metric}"] for line in lines] for metric in MEASURED[options.set]}
+    last = ", ".join(f"{metric} {100 * values[-1]:.1f} %" for metric, values in found.items())
+    print(f"{options.set}: {name}, seed {seed}: {last}", file=sys.stderr, flush=True)
+    return {"step": [line["step"] for line in lines]} | found
 
 
 def seconds_of_steps(options) -> dict[str, float]:
