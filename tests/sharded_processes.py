@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from forked import FORKSERVER, start_verb
@@ -102,6 +104,17 @@ def optimizers(config_file: str, *names: str) -> dict:
         except ValueError as error:
             found[name] = str(error)
     return found
+
+
+def plan(config_file: str, *overrides: str) -> dict:
+    """Plan a run, and tell what this process prints."""
+    from softmoe_clip.config import TrainConfig
+    from softmoe_clip.data_pipelines.strict import load_strict
+    from softmoe_clip.training.plan import print_plan
+
+    with redirect_stdout(StringIO()) as said:
+        print_plan(load_strict(TrainConfig, Path(config_file), overrides))
+    return {"said": said.getvalue()}
 
 
 def sharded_towers(config_file: str, *overrides: str):

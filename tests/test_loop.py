@@ -16,12 +16,12 @@ from softmoe_clip.training.checksums import write_checksums
 from softmoe_clip.training.loop import (
     MAX_LOGIT_SCALE,
     Stopped,
-    check_batch_size,
     every,
     stop_signals,
     train,
 )
 from softmoe_clip.training.run_log import RunLog
+from softmoe_clip.training.setup import check_batch_size
 
 WEIGHTS = "model/open_clip_model.safetensors"
 SPEED = ("pairs_per_second", "seconds")

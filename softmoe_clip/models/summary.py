@@ -34,19 +34,27 @@ def summary(name: str) -> dict:
     Raises ValueError for a name or file that describes no model.
     """
     folder, written = described(name)
-    counted = without_downloads(written, folder)
-    counted["model_cfg"]["custom_text"] = True  # the same text tower, as a module of its own
-    with torch.device("meta"):
-        model = build(counted, source=name).eval()
-    size, context_length = model.visual.image_size, written["model_cfg"]["text_cfg"].get("context_length", 77)
-    image = image_complexity(model.visual, size if isinstance(size, int) else size[0])
+    model, image, text = counted(without_downloads(written, folder), name)
     return {
         "model": name,
         "image": tower_summary(model.visual, image),
-        "text": tower_summary(model.text, text_complexity(model.text, context_length)),
+        "text": tower_summary(model.text, text),
         "parameters": num_parameters(model),
         "loads_with": loads_with(written),
     }
+
+
+def counted(written: dict, source: str) -> tuple[nn.Module, Complexity, Complexity]:
+    """Return a described model on the meta device, and what its towers cost on a picture and a caption of full length.
+
+    Its text tower is a module of its own, also where open_clip's model has the parts of it lie about.
+    """
+    written = written | {"model_cfg": written["model_cfg"] | {"custom_text": True}}
+    with torch.device("meta"):
+        model = build(written, source=source).eval()
+    size, context_length = model.visual.image_size, written["model_cfg"]["text_cfg"].get("context_length", 77)
+    image = image_complexity(model.visual, size if isinstance(size, int) else size[0])
+    return model, image, text_complexity(model.text, context_length)
 
 
 def described(name: str) -> tuple[Path | None, dict]:

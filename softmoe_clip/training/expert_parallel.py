@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softmoe_clip.moe.expert_parallel import ExpertGroup, check_number, spread_parameters
+from softmoe_clip.moe.experts import Experts
 
 SENT_AT_ONCE = 2**28  # bytes of one process's part of a tensor, on its way into a checkpoint
 
@@ -43,10 +44,10 @@ def make_mesh(expert_parallel: int, num_processes: int, device: torch.device) ->
     return Mesh(row, mesh.get_group("data"), mesh.get_local_rank("data"))
 
 
-def check_spread(model: nn.Module, mesh: Mesh | None) -> None:
+def check_spread(model: nn.Module, expert_parallel: int) -> None:
     """Refuse a model that has nothing to spread."""
-    if mesh is not None and not spread_parameters(model):
-        raise ValueError(f"expert_parallel is {mesh.row.size}, but the model has no experts: leave it out")
+    if expert_parallel > 1 and not any(isinstance(module, Experts) for module in model.modules()):
+        raise ValueError(f"expert_parallel is {expert_parallel}, but the model has no experts: leave it out")
 
 
 def told_of_spread(model: nn.Module, mesh: Mesh | None) -> list[str]:

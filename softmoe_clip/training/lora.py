@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), by the peft package: put in before a run, merged into what it writes."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,19 +109,6 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad():
                 state[weight] = state[weight] + layer.get_delta_weight(ADAPTER)
     return state
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Let a model compute what it would without its adapters."""
-    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def plain(name: str) -> str:

@@ -2,122 +2,113 @@
 
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 
 import torch
-from torch import nn
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.mixture import Mixture
-from softmoe_clip.data_pipelines.pictures import Picture
-from softmoe_clip.data_pipelines.stream import Stream
-from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.train_set import batches_of, open_train
-from softmoe_clip.models.complexity import image_complexity, num_parameters, text_complexity
-from softmoe_clip.moe.experts import Experts
-from softmoe_clip.training.build import build, run_picture, run_towers
-from softmoe_clip.training.distill import load_teacher
-from softmoe_clip.training.execution import set_execution
+from softmoe_clip.models.store import without_downloads
+from softmoe_clip.models.summary import FLOAT32, as_size, counted
+from softmoe_clip.training.branch import branch_off
+from softmoe_clip.training.distributed import make_accelerator
+from softmoe_clip.training.expert_parallel import average_expert_gradients, check_spread
 from softmoe_clip.training.freeze import in_words, train_mode
-from softmoe_clip.training.lora import without_adapters
-from softmoe_clip.training.losses import LOSSES
-from softmoe_clip.training.masks import draw_by_position
-from softmoe_clip.training.optim import make_optimizer, schedule
-from softmoe_clip.training.step import Stepper, check_chunk_size
+from softmoe_clip.training.setup import Setup, make_batches, make_stepper, set_up
+from softmoe_clip.training.shares import largest_shares, sharings
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 
+Rows = Iterator[tuple[str, str]]
+
 
 def print_plan(config: TrainConfig) -> None:
-    """Print a table of what the run would take on this machine, in one process; nothing is written."""
+    """Print a table of what the run would take on the processes that are here; nothing is written.
+
+    A single process measures its steps with all of the model, also where the config shares it out over several.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards = open_train(config.data)
-    schedule(config.optim, config.last_step)  # refuses here what training would refuse
-    loaded = build(config)
-    model = loaded.model
-    with without_adapters(model):  # peft's layers cannot be counted on the meta device, and are small
-        image = image_complexity(model.visual, loaded.image_size)
-        text = text_complexity(model.text, loaded.tokenizer.context_length)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    picture = run_picture(config, loaded, shards)
-    seconds, memory = timed_steps(config, loaded, shards, picture, device)
-    pairs = config.last_step * config.batch_size
+    accelerator = make_accelerator(config.precision)
+    num_processes = accelerator.num_processes
+    here = replace(config, expert_parallel=1, sharding="none") if num_processes == 1 else config
+    setup = set_up(here, accelerator)
+    check_spread(setup.towers, config.expert_parallel)
+    rows = [*model_rows(config, setup), *memory_rows(config, setup, num_processes)]
+    branched = branch_off(here, setup.towers, setup.optimizer, setup.ema)
+    num_steps = config.last_step - (branched.step if branched is not None else 0)
+    seconds, memory = timed_steps(here, setup, accelerator)
+    rows += [("peak memory of a step", as_size(memory)), *time_rows(config, setup, seconds, num_steps)]
+    if accelerator.is_main_process:
+        table = Table("plan", f"{num_processes} process(es) on {accelerator.device}")
+        table.columns[1].justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 100).print(table)
 
-    table = Table("plan", "")
-    table.columns[1].justify = "right"
-    table.add_row("image tower, parameters", f"{image.num_parameters:,}")
-    table.add_row("text tower, parameters", f"{text.num_parameters:,}")
-    table.add_row("all, trained", f"{num_parameters(model):,}, {trained:,}")
+
+def model_rows(config: TrainConfig, setup: Setup) -> Rows:
+    """Say how large the model is, and how much of it is trained."""
+    _, image, text = counted(without_downloads(setup.loaded.config), config.model.arch)
+    numbers = largest_shares(setup.towers, config, 1)
+    trained = sum(numbers[name] for name, p in setup.towers.named_parameters() if p.requires_grad)
+    yield "image tower, parameters", f"{image.num_parameters:,}"
+    yield "text tower, parameters", f"{text.num_parameters:,}"
+    yield "all, trained", f"{sum(numbers.values()):,}, {trained:,}"
     if config.freeze or config.lora is not None:
-        table.add_row("trained", in_words(model).replace(", ", "\n"))
-    table.add_row("forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}")
-    if config.optim.name == "adamw":
-        table.add_row("weights, gradients, AdamW", f"{16 * trained / 2**30:.2f} GiB")
-    else:
-        table.add_row("weights and gradients", f"{8 * trained / 2**30:.2f} GiB")
-    if config.expert_parallel > 1:
-        share = 1 - 1 / config.expert_parallel
-        held = trained - share * sum(p.numel() for p in expert_parameters(model) if p.requires_grad)
-        table.add_row(f"the same with experts spread over {config.expert_parallel}", f"{16 * held / 2**30:.2f} GiB")
-    if config.ema is not None:
-        table.add_row("averaged weights", f"{4 * trained / 2**30:.2f} GiB")
-    table.add_row(f"peak memory of a step on {device}", f"{memory / 2**30:.2f} GiB")
+        yield "trained", in_words(setup.towers).replace(", ", "\n")
+    yield "forward GFLOP per pair", f"{(image.flops + text.flops) / 1e9:.2f}"
+
+
+def memory_rows(config: TrainConfig, setup: Setup, num_processes: int) -> Rows:
+    """Say what stays in memory from step to step: as a whole, and in each process where it is shared out."""
+    adamw, averaged = config.optim.name == "adamw", config.ema is not None
+    kept = "weights, gradients" + ", AdamW" * adamw + ", averages" * averaged
+    copies = {
+        name: 2 + 2 * adamw + averaged if parameter.requires_grad else 1
+        for name, parameter in setup.towers.named_parameters()
+    }
+    places = {kept: 1} | {f"  {where}": number for where, number in sharings(config, num_processes).items()}
+    for where, number in places.items():
+        held = largest_shares(setup.towers, config, number)
+        yield where, as_size(FLOAT32 * sum(copies[name] * held[name] for name in held))
+
+
+def time_rows(config: TrainConfig, setup: Setup, seconds: float, num_steps: int) -> Rows:
+    """Say what is seen of the data, how well it is mixed, and how long that takes, given the seconds of a step."""
+    shards, pairs = setup.shards, num_steps * config.batch_size
     if len(shards):
-        table.add_row("data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times")
+        yield "data", f"{len(shards):,} pairs, seen {pairs / len(shards):.1f} times"
         mixture = Mixture.of(config.seed, shards.counts, shards.sources, config.data.window)
-        table.add_row("shards in a batch", f"{mixture.mixing(config.batch_size):.1f} x a full shuffle's variance")
-    table.add_row("steps x batch", f"{config.last_step:,} x {config.batch_size:,}")
-    table.add_row("pairs per second", f"{config.batch_size / seconds:,.0f}")
-    table.add_row("expected time", duration(seconds * config.last_step))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+        yield "shards in a batch", f"{mixture.mixing(config.batch_size):.1f} x a full shuffle's variance"
+    yield "steps x batch", f"{num_steps:,} x {config.batch_size:,}"
+    yield "pairs per second", f"{config.batch_size / seconds:,.0f}"
+    yield "expected time", duration(seconds * num_steps)
 
 
-def timed_steps(
-    config: TrainConfig, loaded, shards: ShardSet | Stream, picture: Picture, device: torch.device
-) -> tuple[float, int]:
+def timed_steps(config: TrainConfig, setup: Setup, accelerator) -> tuple[float, int]:
     """Return the median seconds of real steps, loading included, and the peak memory in bytes."""
-    check_chunk_size(config.chunk_size, loaded.model)
-    draw_by_position(loaded.model)
-    set_execution(loaded.model, config)
-    towers = loaded.model.to(device)
-    model = run_towers(config, towers)
-    train_mode(model)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision != "float32")
-    model.forward = autocast()(model.forward)
-    loss = LOSSES[config.loss]
-    settings = config.seed, config.duplicates, config.chunk_size
-    stepper = Stepper(model, towers, loss, loaded.preprocess_cfg, device, *settings)
-    optimizer = make_optimizer(towers, config.optim)
-    teacher = load_teacher(config, loaded.preprocess_cfg, device)
-    batches = batches_of(shards)(
-        shards,
-        loaded.tokenizer,
-        picture=picture,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_batches=WARM_STEPS + TIMED_STEPS,
-        num_workers=config.data.num_workers,
-        window=config.data.window,
-    )
+    stepper, optimizer = make_stepper(config, setup, accelerator)
+    loss = stepper.loss_function
+    train_mode(stepper.model)
     times = []
     begin = perf_counter()
-    for batch in batches:
-        if teacher is not None:
-            with autocast():
-                stepper = replace(stepper, loss_function=teacher.added_to(loss, batch))
+    for batch in make_batches(config, setup, accelerator, 0, WARM_STEPS + TIMED_STEPS):
+        if setup.teacher is not None:
+            with accelerator.autocast():
+                stepper = replace(stepper, loss_function=setup.teacher.added_to(loss, batch))
         stepper.forward_backward(batch)
+        average_expert_gradients(setup.towers, setup.mesh)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
+        if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(perf_counter() - begin)
         begin = perf_counter()
-    return statistics.median(times[WARM_STEPS:]), peak_memory(device)
+    return statistics.median(times[WARM_STEPS:]), peak_memory(accelerator.device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -128,11 +119,6 @@ def peak_memory(device: torch.device) -> int:
 
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that `expert_parallel` spreads over processes."""
-    return [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
 
 
 def duration(seconds: float) -> str:
