@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from softmoe_clip.training.loop import train
@@ -65,14 +66,24 @@ def test_a_new_run_from_a_trunks_weights_begins_at_its_own_full_rate(tiny_config
     assert load_file(branch / WEIGHTS).keys() == load_file(trunk / WEIGHTS).keys()
 
 
+def test_a_trunk_from_before_there_was_a_setting_had_its_default(tiny_config, tmp_path):
+    train(tiny_config("out=trunk", "steps=4"))
+    saved = tmp_path / "trunk/config.yaml"
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join(line for line in lines if line not in ("  start: reference\n", "  name: adamw\n")))
+    assert len(saved.read_text().splitlines()) == len(lines) - 2
+    train(tiny_config("out=branch", "steps=5", "init=trunk/checkpoints/step_00000004"))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ("steps=4", "has 4 steps behind it, which count: give more than 4 steps"),
         ("optim.name=sgd", r"has optim\.name='adamw', not 'sgd'"),
         ("model.image_moe.num_experts=2", r"has model\.image_moe\.num_experts=4, not 2"),
+        ("lora.targets=['visual[.].*[.]attn']", r"has lora\.rank=None, not 8"),
         ("init=nowhere/checkpoints/step_00000001", "is no checkpoint in a run folder: there is no nowhere/config.yaml"),
-        ("init=trunk/checkpoints/step_00000001", "step_00000001 is no whole checkpoint"),
+        ("init=trunk/checkpoints/step_00000001", "step_00000001 cannot be read"),
     ],
 )
 def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(tiny_config, tmp_path, change, told):
@@ -104,3 +115,40 @@ def test_a_run_with_any_optimizer_that_is_killed_goes_on_to_the_same_bits(tiny_c
     killed = train(tiny_config("out=killed", *settings))
     for file in (WEIGHTS, "model_ema/open_clip_model.safetensors", "checkpoints/step_00000006/optimizer.safetensors"):
         assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+TRUNK, POINT = "trunk/checkpoints/step_00000004", "init=trunk/checkpoints/step_00000004"
+AVERAGES = "model_ema/open_clip_model.safetensors"
+
+
+def test_averages_that_the_trunk_did_not_keep_begin_at_its_weights(tiny_config, capsys):
+    train(tiny_config("out=trunk", "steps=4"))
+    branch = train(tiny_config("out=branch", "steps=5", POINT, "ema={decay: 0.5, every: 9}"))
+    assert (
+        "trunk/checkpoints/step_00000004 has no averaged weights: they begin as its weights" in capsys.readouterr().err
+    )
+    averages, begun = load_file(branch / AVERAGES), load_file(f"{TRUNK}/model.safetensors")
+    assert all(torch.equal(averages[name], weight) for name, weight in begun.items())
+
+
+def test_a_branch_may_leave_the_averages_of_its_trunk_behind(tiny_config, capsys):
+    train(tiny_config("out=trunk", "steps=4", "ema={decay: 0.5}"))
+    branch = train(tiny_config("out=branch", "steps=5", POINT))
+    assert "has averaged weights, which end here: ema is not set" in capsys.readouterr().err
+    assert not (branch / "model_ema").exists()
+    train(tiny_config("out=plain", "steps=4"))
+    plain = train(tiny_config("out=of_plain", "steps=5", POINT.replace("trunk", "plain")))
+    assert (branch / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(("trunk", "branch"), [("['^text[.]']", "[]"), ("[]", "['^text[.]']")])
+def test_a_branch_with_averages_may_train_other_parts_than_its_trunk(tiny_config, trunk, branch):
+    averaged = "ema={decay: 0.5, every: 4}"
+    train(tiny_config("out=trunk", "steps=4", averaged, f"freeze={trunk}"))
+    done = train(tiny_config("out=branch", "steps=5", averaged, f"freeze={branch}", POINT))
+    averages, weights = load_file(done / AVERAGES), load_file(f"{TRUNK}/model.safetensors")
+    kept = load_file(f"{TRUNK}/ema.safetensors")
+    assert any(name.startswith("visual.") for name in kept)
+    for name, average in averages.items():
+        of_text = name.startswith("text.")
+        assert torch.equal(average, weights[name] if of_text else kept.get(name, weights[name])), name

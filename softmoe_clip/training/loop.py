@@ -63,14 +63,14 @@ def train(config: TrainConfig) -> Path:
     setup = set_up(config, accelerator)
     shards, loaded, towers, mesh = setup.shards, setup.loaded, setup.towers, setup.mesh
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
-    branched = branch_off(config, towers, optimizer, ema) if newest_step(run) == 0 else None
+    warn = say if is_main else lambda text: None
+    branched = branch_off(config, towers, optimizer, ema, warn) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
         if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
             (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
     accelerator.wait_for_everyone()
-    warn = say if is_main else lambda text: None
     done = load_newest(run / "checkpoints", towers, optimizer, warn, ema)
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:

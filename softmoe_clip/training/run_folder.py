@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -86,17 +88,10 @@ def refuse_other_inputs(run: Path, before: dict, now: dict) -> None:
 
 def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_shards: int = 0) -> None:
     """Refuse to go on under a config or data that would make another run, naming each difference."""
-    before = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
     now = flatten(as_tree(config))
     # Runs that knew no windows mixed all shards; a window that holds them all is the same order.
     one_window = now["data.window"] == 0 or num_shards <= now["data.window"]
-    before.setdefault("data.window", now["data.window"] if one_window else 0)
-    # A setting that a run did not know yet was then what its default is now.
-    defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
-    rules = "optim.weight_decay."  # a run with rules of its own has none of the others
-    if any(key.startswith(rules) for key in before):
-        defaults = {key: value for key, value in defaults.items() if not key.startswith(rules)}
-    before = defaults | before
+    before = settings_of(run, {"data.window": now["data.window"] if one_window else 0})
     differences = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -108,6 +103,16 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
         raise ValueError(
             f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
+
+
+def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return a run's settings by dotted name; one that it did not know yet as `unknown` says, else its default."""
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
+    rules = "optim.weight_decay."  # a run with rules of its own has none of the others
+    if any(key.startswith(rules) for key in saved):
+        defaults = {key: value for key, value in defaults.items() if not key.startswith(rules)}
+    return defaults | dict(unknown) | saved
 
 
 def is_finished(run: Path, config: TrainConfig) -> bool:
