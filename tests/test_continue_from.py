@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from tiny_bert import write_bert
 
 from softmoe_clip.config import ModelConfig
-from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer, load_tokenizer
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config
-from softmoe_clip.models.store import LoadedModel, save, transform_of
+from softmoe_clip.models.store import LoadedModel, load, save, transform_of
 
 TRUNK = "softmoe_vit_tiny_patch16_224"
 
@@ -92,3 +93,22 @@ def test_another_tokenizer_is_refused(folder_of, architecture_file):
     model = create_model(ModelConfig(str(architecture_file)), tokenizer.vocab_size, 12)
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         continue_from(model, folder, lambda texts: tokenizer(texts) + 1)
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_a_tower_of_transformers_may_take_captions_of_another_length(architecture_file, tmp_path, length):
+    write_bert(tmp_path / "bert")
+
+    def made(length):
+        config = ModelConfig(str(architecture_file), text_tower=str(tmp_path / "bert"), context_length=length)
+        tokenizer = TransformersTokenizer(tmp_path / "bert", length)
+        sizes = tokenizer.vocab_size, length
+        model = create_model(config, *sizes)
+        return LoadedModel(model, tokenizer, transform_of(model), folder_config(config, *sizes))
+
+    save(made(12), tmp_path / "model")
+    source, (model, tokenizer, _, _) = load(tmp_path / "model").model, made(length)
+    continue_from(model, str(tmp_path / "model"), tokenizer)
+    assert torch.equal(model.visual.conv1.weight, source.visual.conv1.weight)
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        continue_from(model, str(tmp_path / "model"), lambda texts: tokenizer(texts) + 1)

@@ -1,5 +1,7 @@
 """Start a new model from the weights of another one, also at another resolution."""
 
+import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from softmoe_clip.models.store import load
@@ -24,9 +26,17 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
     check_alike(ours, theirs, source)
     for text in PROBES:
         # Compared after the weights: another vocabulary size has been named by now.
-        if not (tokenizer([text])[0] == loaded.tokenizer([text])[0]).all():
+        if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
             raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
+
+
+def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:
+    """Tell whether two rows of ids may be of one tokenizer, where one row may be longer."""
+    length = min(len(ours), len(theirs))
+    if len(ours) != len(theirs):
+        length -= 1  # where the shorter one may have its end token
+    return torch.equal(ours[:length], theirs[:length])
 
 
 def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
