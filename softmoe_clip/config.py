@@ -222,6 +222,11 @@ class TrainConfig:
             raise ValueError(f"out: {self.out} cannot be written: give a folder, or a URL such as s3://bucket/run")
         if self.working_folder is not None and "://" not in self.out:
             raise ValueError(f"working_folder is for a run at a URL, but out is the folder {self.out}: leave it out")
+        if "://" in (self.init or ""):
+            raise ValueError(
+                f"init takes a folder of this machine (a run, a checkpoint in one, a model) or a model of open_clip's, "
+                f"not the URL {self.init}: copy that folder here and give its path"
+            )
         check_expressions("freeze", self.freeze)
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")

@@ -167,6 +167,16 @@ MISTAKES = {
     "no tokenizer": (["train", "{yaml}", "tokenizer=nowhere.model"], "nowhere.model"),
     "an unknown architecture": (["train", "{yaml}", "model.arch=SoftMoE-dmo"], "did you mean 'SoftMoE-demo'"),
     "a plan of a schedule that does not fit": (["train", "{yaml}", "optim.warmup=99", "--plan"], "warmup 99"),
+    "a run at a URL to start from": (
+        ["train", "{yaml}", "init=s3://bucket/run"],
+        "init takes a folder of this machine",
+    ),
+    "a checkpoint at a URL": (
+        ["train", "{yaml}", "init=s3://b/run/checkpoints/step_00000004"],
+        "not the URL s3://b/run",
+    ),
+    "a model at a URL": (["eval", "s3://bucket/run", "--suite", "{suite}"], "no model is read from a URL such as s3"),
+    "a summary of a URL": (["summary", "s3://bucket/run"], "no model is read from a URL such as s3"),
     "a missing source": (["pack", "nowhere", "out"], "nowhere"),
     "an empty source": (["pack", "empty", "out"], "empty"),
     "missing shards to check": (["check", "nowhere"], "nowhere"),

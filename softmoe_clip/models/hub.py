@@ -1,7 +1,8 @@
-"""Fetch model folders from the Hugging Face hub, through huggingface_hub and its cache."""
+"""Fetch model folders from the Hugging Face hub, through huggingface_hub and its cache; from nowhere else."""
 
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.shards import is_remote
 from softmoe_clip.data_pipelines.tokenizers import SETTINGS_FILE
 from softmoe_clip.models.create import OUR_TEXT
 
@@ -24,3 +25,9 @@ def fetch(repo: str, patterns: list[str]) -> Path:
 def is_ours(folder: Path, written: dict) -> bool:
     """Tell a folder that `save` wrote from one of open_clip's, which open_clip itself loads."""
     return (folder / SETTINGS_FILE).exists() or "softmoe" in written or OUR_TEXT in written["model_cfg"]["text_cfg"]
+
+
+def refuse_url(name: str) -> None:
+    """Refuse a URL, which would pass for a NAME:TAG."""
+    if is_remote(name):
+        raise ValueError(f"no model is read from a URL such as {name}: copy its folder here and give the path")

@@ -17,7 +17,7 @@ from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.create import build, read_json
-from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours
+from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours, refuse_url
 from softmoe_clip.models.written import check_written
 
 CONFIG_FILE = "open_clip_config.json"
@@ -54,6 +54,7 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = Non
     Raises ValueError, one sentence, where there is no such model, or where a file of it is missing or damaged.
     """
     name = str(model)
+    refuse_url(name)
     folder = Path(name.removeprefix("local-dir:"))
     restore_previous(folder)
     if name.startswith("local-dir:") or folder.exists():

@@ -10,6 +10,7 @@ from torch import nn
 from softmoe_clip.config import ModelConfig
 from softmoe_clip.models.complexity import Complexity, image_complexity, num_parameters, text_complexity
 from softmoe_clip.models.create import build, folder_config
+from softmoe_clip.models.hub import refuse_url
 from softmoe_clip.models.store import check_known, read_folder, without_downloads
 from softmoe_clip.moe.experts import Experts
 
@@ -59,6 +60,7 @@ def counted(written: dict, source: str) -> tuple[nn.Module, Complexity, Complexi
 
 def described(name: str) -> tuple[Path | None, dict]:
     """Return the folder of a model, where it has one, and what its `open_clip_config.json` holds, or would hold."""
+    refuse_url(name)
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
         return read_folder(folder)
