@@ -102,6 +102,7 @@ def train(config: TrainConfig) -> Path:
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
+    to_measure = done.step > 0 and every(config.eval.every, done.step, config.last_step)
     done = branched if branched is not None and not done.step else done
     sharded = is_sharded(towers)
     if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
@@ -154,6 +155,19 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             save(loaded, folder, weights)
 
+    def evaluate() -> None:
+        if is_main or sharded or (mesh is not None and mesh.with_main):  # who holds a part must take part
+            averaged = ema.in_place(towers) if ema is not None else nullcontext()
+            with averaged, nullcontext() if is_main else quietly():
+                numbers = measure(loaded, config, run, done.step, device, writes=is_main)
+        if is_main:
+            if numbers:
+                log.write(done.step, numbers)
+            if "val/loss" in numbers:
+                say(f"step {done.step}: val/loss {numbers['val/loss']:.3f}")
+        accelerator.wait_for_everyone()
+        train_mode(model)
+
     def broken(what: str, value: float, norms: GradientNorms | None = None) -> ValueError:
         numbers = {
             "samples_seen": done.samples_seen,
@@ -186,6 +200,8 @@ def train(config: TrainConfig) -> Path:
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
     with place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
         train_mode(model)
+        if to_measure and any_process(is_main and not log.has_measured(done.step), device):
+            evaluate()  # what a stop after this step left out
         since, pairs_since = perf_counter(), 0
         begun = since - (log.seconds_before() if is_main else 0.0)  # so that `seconds` goes on, too
         for batch in batches:
@@ -248,17 +264,7 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and (is_last or not stopping):
                 measuring = perf_counter()
-                if is_main or sharded or (mesh is not None and mesh.with_main):  # who holds a part must take part
-                    averaged = ema.in_place(towers) if ema is not None else nullcontext()
-                    with averaged, nullcontext() if is_main else quietly():
-                        numbers = measure(loaded, config, run, step, device, writes=is_main)
-                if is_main:
-                    if numbers:
-                        log.write(step, numbers)
-                    if "val/loss" in numbers:
-                        say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
-                accelerator.wait_for_everyone()
-                train_mode(model)
+                evaluate()
                 since, pairs_since = perf_counter(), 0
                 begun += since - measuring
             if stopping or every(config.checkpoint_every, step, config.last_step):

@@ -43,6 +43,11 @@ class RunLog:
         """Return how long the run had trained when it wrote its last line."""
         return max((line["seconds"] for line in self.lines_before if "seconds" in line), default=0.0)
 
+    def has_measured(self, step: int) -> bool:
+        """Return whether the run wrote before what it had measured after a step."""
+        names = (name for line in self.lines_before if line.get("step") == step for name in line)
+        return any(name.startswith(("val/", "eval/")) for name in names)
+
     def __enter__(self) -> "RunLog":
         return self
 
