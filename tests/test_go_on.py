@@ -1,7 +1,8 @@
-"""What a run that goes on still owes: an evaluation that a stop left out."""
+"""What a run that goes on still owes: an evaluation that a stop left out, a model folder that somebody removed."""
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -29,9 +30,10 @@ def stop_during(monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         write = RunLog.write
-        with monkeypatch.context() as patched, pytest.raises(Stopped, match=f"stopped after step {step} "):
+        with monkeypatch.context() as patched:
             patched.setattr(RunLog, "write", write_and_signal)
-            train(config)
+            with pytest.raises(Stopped, match=f"stopped after step {step} "):
+                train(config)
 
     return train_until
 
@@ -65,3 +67,35 @@ def test_a_branch_does_not_measure_what_was_its_trunks_to_measure(tiny_config, s
     train(tiny_config("out=trunk", "steps=4", *settings))
     branch = train(tiny_config("out=branch", "steps=5", "init=trunk/checkpoints/step_00000004", *settings))
     assert [line["step"] for line in metrics(branch)] == [5, 5]
+
+
+@pytest.mark.parametrize("gone", ["model", "model_ema"])
+def test_a_finished_run_whose_model_is_gone_writes_it_again(tiny_config, folder_bytes, capsys, gone):
+    run = train(tiny_config("ema={decay: 0.5}"))
+    kept = {"model", "model_ema", "checkpoints"}
+    before = {name: data for name, data in folder_bytes(run).items() if name.partition("/")[0] in kept}
+    shutil.rmtree(run / gone)
+    train(tiny_config("ema={decay: 0.5}"))
+    after = {name: data for name, data in folder_bytes(run).items() if name.partition("/")[0] in kept}
+    assert after == before
+    assert f"the model is {run}/model" in capsys.readouterr().err
+
+
+def test_a_longer_run_whose_model_is_gone_writes_that_of_its_last_step(tiny_config, capsys):
+    run = train(tiny_config("optim.schedule=constant"))
+    before = (run / "model" / WEIGHTS).read_bytes()
+    shutil.rmtree(run / "model")
+    train(tiny_config("optim.schedule=constant", "steps=3"))
+    assert (run / "model" / WEIGHTS).read_bytes() == before
+    assert "trained 6 steps; the model is" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_model_and_last_checkpoint_are_gone_ends_the_same(tiny_config, capsys):
+    run = train(tiny_config())
+    before = (run / "model" / WEIGHTS).read_bytes()
+    shutil.rmtree(run / "model")
+    damaged = run / "checkpoints/step_00000006/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(tiny_config())
+    assert (run / "model" / WEIGHTS).read_bytes() == before
+    assert "going on after step 4 of 6" in capsys.readouterr().err

@@ -13,10 +13,10 @@ from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.training.checksums import write_checksums
+from softmoe_clip.training.distributed import check_batch_size
 from softmoe_clip.training.loop import (
     MAX_LOGIT_SCALE,
     Stopped,
-    check_batch_size,
     every,
     stop_signals,
     train,

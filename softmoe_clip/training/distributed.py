@@ -47,6 +47,17 @@ def make_accelerator(precision: str):
     return accelerator
 
 
+def check_batch_size(batch_size: int, num_processes: int, group_size: int = 1) -> None:
+    """Refuse a global batch that the processes cannot share equally, or that does not hold whole routing groups."""
+    if batch_size % num_processes:
+        raise ValueError(f"batch_size {batch_size} is global and must divide by the {num_processes} processes")
+    if batch_size // num_processes % group_size:
+        raise ValueError(
+            f"each of the {num_processes} processes gets {batch_size // num_processes} images, which do not divide "
+            f"into routing groups of {group_size}: change batch_size or group_size"
+        )
+
+
 _alone = False
 
 

@@ -18,7 +18,13 @@ from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
 from softmoe_clip.training.distill import load_teacher
-from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
+from softmoe_clip.training.distributed import (
+    any_process,
+    check_batch_size,
+    check_same_everywhere,
+    make_accelerator,
+    over_processes,
+)
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.execution import set_execution
 from softmoe_clip.training.expert_parallel import (
@@ -67,7 +73,7 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_local_main_process:
             place.fetch()
     accelerator.wait_for_everyone()  # until the other machines have fetched it too
-    if is_finished(run, config):
+    if not any_process(not is_finished(run, config), device):  # all or none: nobody may wait for who has left
         if is_main:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
         return run
@@ -138,17 +144,19 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
-        # The model before the checkpoint: a finished run, told by its last one, has its model.
-        save_model(run / "model")
-        if ema is not None:
-            with ema.in_place(towers):
-                save_model(run / "model_ema")
+        save_models()  # before the checkpoint: a finished run, told by its last one, has them
         shared = shared_state(run / "checkpoints", towers, optimizer, done.step, ema, mesh)
         if is_main:
             kept = config.keep_last, config.keep_every
             save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared)
             place.upload(done.step)
         accelerator.wait_for_everyone()
+
+    def save_models() -> None:
+        save_model(run / "model")
+        if ema is not None:
+            with ema.in_place(towers):
+                save_model(run / "model_ema")
 
     def save_model(folder: Path) -> None:
         weights = whole_weights(towers, mesh, keep=is_main)
@@ -189,7 +197,7 @@ def train(config: TrainConfig) -> Path:
         batch_size=config.batch_size,
         seed=config.seed,
         start=done.samples_seen,
-        num_batches=config.last_step - done.step,
+        num_batches=max(0, config.last_step - done.step),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=config.data.num_workers,
@@ -202,6 +210,8 @@ def train(config: TrainConfig) -> Path:
         train_mode(model)
         if to_measure and any_process(is_main and not log.has_measured(done.step), device):
             evaluate()  # what a stop after this step left out
+        if done.step >= config.last_step:
+            save_models()  # which somebody removed, else the run would be finished
         since, pairs_since = perf_counter(), 0
         begun = since - (log.seconds_before() if is_main else 0.0)  # so that `seconds` goes on, too
         for batch in batches:
@@ -278,21 +288,10 @@ def train(config: TrainConfig) -> Path:
             say(stopped)
         raise Stopped(stopped)
     if is_main:
-        say(f"trained {config.last_step} steps; the model is {place}/model")
+        say(f"trained {done.step} steps; the model is {place}/model")
     return run
 
 
 def every(interval: int, step: int, last_step: int) -> bool:
     """Return True each `interval` steps and on the last one; an interval of 0 means only the last."""
     return step == last_step or (interval > 0 and step % interval == 0)
-
-
-def check_batch_size(batch_size: int, num_processes: int, group_size: int = 1) -> None:
-    """Refuse a global batch that the processes cannot share equally, or that does not hold whole routing groups."""
-    if batch_size % num_processes:
-        raise ValueError(f"batch_size {batch_size} is global and must divide by the {num_processes} processes")
-    if batch_size // num_processes % group_size:
-        raise ValueError(
-            f"each of the {num_processes} processes gets {batch_size // num_processes} images, which do not divide "
-            f"into routing groups of {group_size}: change batch_size or group_size"
-        )
