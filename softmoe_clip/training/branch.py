@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from torch import nn
+from torch.amp import GradScaler
 
 from softmoe_clip.config import TrainConfig, flatten
 from softmoe_clip.training.checkpoint import UNREADABLE, Progress, fill, read_checkpoint
@@ -21,8 +22,10 @@ def branch_point(config: TrainConfig) -> Path | None:
     return Path(config.init) if is_checkpoint else None
 
 
-def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None) -> Progress | None:
-    """Fill model, optimizer and averages as the trunk had them, and return how far it had come; None without a trunk.
+def branch_off(
+    config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None, scaler: GradScaler | None
+) -> Progress | None:
+    """Fill what is given as the trunk had it, and return how far it had come; None without a trunk.
 
     Steps, the schedule and the place in the data are counted from the trunk's beginning, so that the branch is what the
     trunk would have been under the branch's settings. Raises ValueError, one sentence, where that cannot be.
@@ -38,7 +41,7 @@ def branch_off(config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None
         raise ValueError(
             f"init: {point} has {progress.step} steps behind it, which count: give more than {config.last_step} steps"
         )
-    fill(model, optimizer, state, point)
+    fill(model, optimizer, state, point, scaler)
     if ema is not None and state.averages is not None:
         ema.fill(state.averages)
     elif ema is not None:

@@ -96,7 +96,8 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(towers, config.optim)
     teacher = load_teacher(config, loaded.preprocess_cfg, device)
     ema = Ema(towers, config.ema) if config.ema is not None else None
-    branched = branch_off(config, towers, optimizer, ema) if newest_step(run) == 0 else None
+    scaler = accelerator.scaler  # of fp16 alone
+    branched = branch_off(config, towers, optimizer, ema, scaler) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
@@ -104,7 +105,7 @@ def train(config: TrainConfig) -> Path:
             (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
     accelerator.wait_for_everyone()
     warn = say if is_main else lambda text: None
-    done = load_newest(run / "checkpoints", towers, optimizer, warn, ema)
+    done = load_newest(run / "checkpoints", towers, optimizer, warn, ema, scaler)
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
@@ -148,7 +149,7 @@ def train(config: TrainConfig) -> Path:
         shared = shared_state(run / "checkpoints", towers, optimizer, done.step, ema, mesh)
         if is_main:
             kept = config.keep_last, config.keep_every
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared)
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared, scaler)
             place.upload(done.step)
         accelerator.wait_for_everyone()
 
