@@ -106,10 +106,11 @@ def test_a_run_at_a_url_goes_on_on_another_machine_to_the_same_bits(machine, tin
     assert sum(name.startswith("tensorboard") for name in there_files) == 2  # one file of each machine
 
 
-def test_a_finished_run_at_a_url_is_finished_everywhere(machine, capsys):
-    train(machine("a", "faulty://bucket/run", "steps=2"))
+@pytest.mark.parametrize("ema", ["ema=null", "ema={decay: 0.5}"])
+def test_a_finished_run_at_a_url_is_finished_everywhere(machine, capsys, ema):
+    train(machine("a", "faulty://bucket/run", "steps=2", ema))
     capsys.readouterr()
-    train(machine("b", "faulty://bucket/run", "steps=2"))
+    train(machine("b", "faulty://bucket/run", "steps=2", ema))
     assert "faulty://bucket/run is finished (2 steps); nothing to do" in capsys.readouterr().err
 
 

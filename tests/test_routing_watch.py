@@ -130,6 +130,7 @@ def test_controls_and_a_lone_slot_are_not_watched():
 
 def test_numbers_that_are_none_say_nothing():
     assert watch().changes(1, {"routing/image/block_1/combine_entropy": float("nan")}) == []
+    watch(lines=[{"step": 1, "routing/image/block_1/combine_entropy": None}])  # as it then stands in metrics.jsonl
 
 
 def test_slots_that_never_were_apart_have_not_collapsed():

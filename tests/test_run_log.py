@@ -17,6 +17,12 @@ def test_numbers_stand_in_the_file_as_soon_as_they_are_written(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_what_is_no_number_is_null_since_json_has_nothing_else_for_it(tmp_path):
+    with RunLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 2.5, "gradient_norm": float("inf"), "routing/a/dropped": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text().endswith(', "gradient_norm": null, "routing/a/dropped": null}\n')
+
+
 def test_a_run_that_goes_on_drops_the_steps_it_will_do_again(tmp_path):
     with RunLog(tmp_path, 0) as log:
         for step in (1, 2, 3, 4):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from softmoe_clip.config import TrainConfig, flatten
 from softmoe_clip.training.checkpoint import UNREADABLE, Progress, fill, read_checkpoint
@@ -25,9 +26,14 @@ def branch_point(config: TrainConfig) -> Path | None:
 
 
 def branch_off(
-    config: TrainConfig, model: nn.Module, optimizer, ema: Ema | None, tell: Callable[[str], None]
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer,
+    ema: Ema | None,
+    scaler: GradScaler | None,
+    tell: Callable[[str], None],
 ) -> Progress | None:
-    """Fill model, optimizer and averages as the trunk had them, and return how far it had come; None without a trunk.
+    """Fill what is given as the trunk had it, and return how far it had come; None without a trunk.
 
     Steps, the schedule and the place in the data are counted from the trunk's beginning, so that the branch is what the
     trunk would have been under the branch's settings. `tell` hears where only one of the two keeps averages. Raises
@@ -44,7 +50,7 @@ def branch_off(
         raise ValueError(
             f"init: {point} has {progress.step} steps behind it, which count: give more than {config.last_step} steps"
         )
-    fill(model, optimizer, state, point)
+    fill(model, optimizer, state, point, scaler)
     if ema is not None:
         go_on_averaging(ema, model, state.averages or {})
     if ema is not None and state.averages is None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.store import write_tensors
@@ -25,6 +26,7 @@ from softmoe_clip.training.sharded_checkpoint import is_in_parts, read_parts, re
 from softmoe_clip.training.sharding import gather_shares, is_sharded
 
 EMA_FILE = "ema.safetensors"
+LOSS_SCALE_FILE = "loss_scale.json"
 
 
 class Progress(NamedTuple):
@@ -35,11 +37,15 @@ class Progress(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a checkpoint is written from: weights, the optimizer's moments, averages of the weights where there are."""
+    """What a checkpoint holds: weights, the optimizer's moments, averages of the weights and fp16's loss scale, if any.
+
+    A loss scale is the state of torch's GradScaler; it is the same in all processes, as are the steps it skips.
+    """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     averages: dict[str, Tensor] | None
+    loss_scale: dict[str, float] | None = None
 
 
 def state_of(model: nn.Module, optimizer, ema: Ema | None, mesh: Mesh | None = None) -> State:
@@ -87,6 +93,7 @@ def save_checkpoint(
     keep_every: int = 0,
     ema: Ema | None = None,
     shared: State | Path | None = None,
+    scaler: GradScaler | None = None,
 ) -> Path:
     """Write `folder/step_00001000` under a temporary name, sync and rename it; then remove what need not be kept.
 
@@ -102,6 +109,8 @@ def save_checkpoint(
             temporary.mkdir()
             write_state(temporary, shared or state_of(model, optimizer, ema))
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()))
+        if scaler is not None:
+            (temporary / LOSS_SCALE_FILE).write_text(json.dumps(scaler.state_dict()))
         write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
@@ -155,8 +164,10 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int = 0) -> Non
         shutil.rmtree(half, ignore_errors=True)
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None = None) -> Progress:
-    """Load the newest whole checkpoint into model and optimizer; a damaged one is named to `warn` and passed over.
+def load_newest(
+    folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None = None, scaler: GradScaler | None = None
+) -> Progress:
+    """Load the newest whole checkpoint into what is given; a damaged one is named to `warn` and passed over.
 
     Raises ValueError when all are damaged, or belong to another model.
     """
@@ -171,7 +182,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer, warn, ema: Ema | None
         except UNREADABLE as error:
             warn(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
-        fill(model, optimizer, state, path)
+        fill(model, optimizer, state, path, scaler)
         if ema is not None:
             ema.fill(state.averages)
         return progress
@@ -194,14 +205,21 @@ def read_checkpoint(path: Path, model: nn.Module) -> tuple[State, Progress]:
         return State(states["model"], states.get("optimizer", {}), states.get("ema")), progress
     read = load_shares if spread_parameters(model) else read_shares
     weights, moments = (read(path / f"{name}.safetensors", model) for name in ("model", "optimizer"))
-    return State(weights, moments, read(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None), progress
+    averages = read(path / EMA_FILE, model) if (path / EMA_FILE).exists() else None
+    file = path / LOSS_SCALE_FILE
+    return State(weights, moments, averages, json.loads(file.read_text()) if file.exists() else None), progress
 
 
-def fill(model: nn.Module, optimizer, state: State, path: Path) -> None:
-    """Put a checkpoint's tensors into model and optimizer; refuse those of another model."""
+def fill(model: nn.Module, optimizer, state: State, path: Path, scaler: GradScaler | None = None) -> None:
+    """Put a checkpoint's state into model, optimizer and scaler; refuse that of another model.
+
+    A checkpoint of another precision, or from before loss scales were kept, lets the scale begin anew.
+    """
     try:
         fill_optimizer(model, optimizer, state.moments)
         model.load_state_dict(state.weights)
+        if scaler is not None and state.loss_scale is not None:
+            scaler.load_state_dict(state.loss_scale)
     except RuntimeError as error:
         raise another_model(path, error) from None
 

@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_local_main_process:
             place.fetch()
     accelerator.wait_for_everyone()  # until the other machines have fetched it too
-    if is_finished(run, config):
+    if not any_process(not is_finished(run, config), device):  # all or none: nobody may wait for who has left
         if is_main:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
         return run
@@ -63,18 +63,20 @@ def train(config: TrainConfig) -> Path:
     setup = set_up(config, accelerator)
     shards, loaded, towers, mesh = setup.shards, setup.loaded, setup.towers, setup.mesh
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
+    scaler = accelerator.scaler  # of fp16 alone
     warn = say if is_main else lambda text: None
-    branched = branch_off(config, towers, optimizer, ema, warn) if newest_step(run) == 0 else None
+    branched = branch_off(config, towers, optimizer, ema, scaler, warn) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards)
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
         if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
             (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
     accelerator.wait_for_everyone()
-    done = load_newest(run / "checkpoints", towers, optimizer, warn, ema)
+    done = load_newest(run / "checkpoints", towers, optimizer, warn, ema, scaler)
     check_same_everywhere("the step of the newest checkpoint", done.step, device)
     if is_main:
         place.upload(done.step)  # now, not hours later, it shows whether that can be done
+    to_measure = done.step > 0 and every(config.eval.every, done.step, config.last_step)
     done = branched if branched is not None and not done.step else done
     stepper, optimizer = make_stepper(config, setup, accelerator)
     log = RunLog(run, done.step, config.trackers, as_tree(config)) if is_main else nullcontext()
@@ -94,22 +96,37 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> None:
         accelerator.wait_for_everyone()
-        # The model before the checkpoint: a finished run, told by its last one, has its model.
+        save_models()  # before the checkpoint: a finished run, told by its last one, has them
+        shared = shared_state(run / "checkpoints", towers, optimizer, done.step, ema, mesh)
+        if is_main:
+            kept = config.keep_last, config.keep_every
+            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared, scaler)
+            place.upload(done.step)
+        accelerator.wait_for_everyone()
+
+    def save_models() -> None:
         save_model(run / "model")
         if ema is not None:
             with ema.in_place(towers):
                 save_model(run / "model_ema")
-        shared = shared_state(run / "checkpoints", towers, optimizer, done.step, ema, mesh)
-        if is_main:
-            kept = config.keep_last, config.keep_every
-            save_checkpoint(run / "checkpoints", towers, optimizer, done, *kept, ema, shared)
-            place.upload(done.step)
-        accelerator.wait_for_everyone()
 
     def save_model(folder: Path) -> None:
         weights = whole_weights(towers, mesh, keep=is_main)
         if is_main:
             save(loaded, folder, weights)
+
+    def evaluate() -> None:
+        if is_main or is_sharded(towers) or (mesh is not None and mesh.with_main):  # who holds a part must take part
+            averaged = ema.in_place(towers) if ema is not None else nullcontext()
+            with averaged, nullcontext() if is_main else quietly():
+                numbers = measure(loaded, config, run, done.step, device, writes=is_main)
+        if is_main:
+            if numbers:
+                log.write(done.step, numbers)
+            if "val/loss" in numbers:
+                say(f"step {done.step}: val/loss {numbers['val/loss']:.3f}")
+        accelerator.wait_for_everyone()
+        train_mode(stepper.model)
 
     def broken(what: str, value: float, norms: GradientNorms | None = None) -> ValueError:
         numbers = {
@@ -125,10 +142,14 @@ def train(config: TrainConfig) -> Path:
         )
 
     accelerator.wait_for_everyone()
-    batches = make_batches(config, setup, accelerator, done.samples_seen, config.last_step - done.step)
+    batches = make_batches(config, setup, accelerator, done.samples_seen, max(0, config.last_step - done.step))
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
     with place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
         train_mode(stepper.model)
+        if to_measure and any_process(is_main and not log.has_measured(done.step), device):
+            evaluate()  # what a stop after this step left out
+        if done.step >= config.last_step:
+            save_models()  # which somebody removed, else the run would be finished
         since, pairs_since = perf_counter(), 0
         begun = since - (log.seconds_before() if is_main else 0.0)  # so that `seconds` goes on, too
         for batch in batches:
@@ -191,19 +212,7 @@ def train(config: TrainConfig) -> Path:
                 since, pairs_since = perf_counter(), 0
             if every(config.eval.every, step, config.last_step) and (is_last or not stopping):
                 measuring = perf_counter()
-                if (
-                    is_main or is_sharded(towers) or (mesh is not None and mesh.with_main)
-                ):  # who holds a part must take part
-                    averaged = ema.in_place(towers) if ema is not None else nullcontext()
-                    with averaged, nullcontext() if is_main else quietly():
-                        numbers = measure(loaded, config, run, step, device, writes=is_main)
-                if is_main:
-                    if numbers:
-                        log.write(step, numbers)
-                    if "val/loss" in numbers:
-                        say(f"step {step}: val/loss {numbers['val/loss']:.3f}")
-                accelerator.wait_for_everyone()
-                train_mode(stepper.model)
+                evaluate()
                 since, pairs_since = perf_counter(), 0
                 begun += since - measuring
             if stopping or every(config.checkpoint_every, step, config.last_step):
@@ -217,7 +226,7 @@ def train(config: TrainConfig) -> Path:
             say(stopped)
         raise Stopped(stopped)
     if is_main:
-        say(f"trained {config.last_step} steps; the model is {place}/model")
+        say(f"trained {done.step} steps; the model is {place}/model")
     return run
 
 

@@ -19,7 +19,7 @@ from softmoe_clip.data_pipelines.shard_cache import cache_folder
 from softmoe_clip.data_pipelines.shards import is_remote
 from softmoe_clip.training.checkpoint import folder_name, kept, step_of
 from softmoe_clip.training.checksums import CHECKSUMS, check_checksums
-from softmoe_clip.training.run_folder import say
+from softmoe_clip.training.run_folder import model_folders, say
 
 TRIES = 4
 FIRST_PAUSE = 1.0  # seconds; each one is twice as long
@@ -58,6 +58,7 @@ class Mirror:
         self.url = config.out.rstrip("/")
         self.folder = Path(config.working_folder or cached_under(self.url)).expanduser()
         self.keep_last, self.keep_every = config.keep_last, config.keep_every
+        self.models = model_folders(config)
         self.system, self.root = file_system(self.url)
         self.note = self.folder.with_name(f"{self.folder.name}.uploaded.json")
 
@@ -82,7 +83,7 @@ class Mirror:
             step_here = 0
         steps = self.whole_steps() if there is not None else []
         if here is None or here != there or max(steps, default=0) > step_here:
-            for name in [*self.names(), *(f"model/{name}" for name in self.names("model"))]:
+            for name in [*self.names(), *(f"{model}/{name}" for model in self.models for name in self.names(model))]:
                 self.get(name)
             if steps:
                 say(f"fetching the newest checkpoint of {self.url} into {self.folder}")

@@ -73,7 +73,10 @@ class RoutingWatch:
             begun, ended = [], []
             for sign in SIGNS:
                 name = f"routing/{layer}/{sign.statistic}"
-                if name in numbers and (change := self.change(name, sign, numbers[name], step)) is not None:
+                if (
+                    numbers.get(name) is not None
+                    and (change := self.change(name, sign, numbers[name], step)) is not None
+                ):
                     (begun if change else ended).append(f"{sign.what} ({sign.statistic} {numbers[name]:.4g})")
             said += [f"step {step}: the routing of {layer} has collapsed: {', '.join(begun)}"] if begun else []
             said += [f"step {step}: the routing of {layer} is back: no longer {', '.join(ended)}"] if ended else []

@@ -116,11 +116,19 @@ def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
 
 
 def is_finished(run: Path, config: TrainConfig) -> bool:
-    """Return whether the run in this folder has reached its last step; its model is written before its checkpoint."""
-    if newest_step(run) < config.last_step or not (run / "model").exists():
+    """Return whether the run in this folder has reached its last step and has its models.
+
+    They are written before the last checkpoint, whose name is enough: whether it is whole is seen when it is read.
+    """
+    if newest_step(run) < config.last_step or not all((run / name).exists() for name in model_folders(config)):
         return False
     refuse_another_run(run, config, json.loads((run / "versions.json").read_text())["data"])
     return True
+
+
+def model_folders(config: TrainConfig) -> list[str]:
+    """Name the model folders that a run leaves."""
+    return ["model"] if config.ema is None else ["model", "model_ema"]
 
 
 def newest_step(run: Path) -> int:

@@ -1,6 +1,7 @@
 """What a run leaves to read: metrics.jsonl, trackers, versions; cut back to the checkpoint when a run goes on."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,8 +34,12 @@ class RunLog:
         self.lines = (folder / "metrics.jsonl").open("a")
 
     def write(self, step: int, numbers: dict[str, int | float]) -> None:
-        """Write the numbers of one step, at once, so that a kill loses nothing."""
-        self.lines.write(json.dumps({"step": step, **numbers}) + "\n")
+        """Write the numbers of one step, at once, so that a kill loses nothing; JSON has no NaN or infinity, but null.
+
+        Gradient norms are none at a step that fp16 skips.
+        """
+        shown = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self.lines.write(json.dumps({"step": step, **shown}) + "\n")
         self.lines.flush()
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
@@ -42,6 +47,11 @@ class RunLog:
     def seconds_before(self) -> float:
         """Return how long the run had trained when it wrote its last line."""
         return max((line["seconds"] for line in self.lines_before if "seconds" in line), default=0.0)
+
+    def has_measured(self, step: int) -> bool:
+        """Return whether the run wrote before what it had measured after a step."""
+        names = (name for line in self.lines_before if line.get("step") == step for name in line)
+        return any(name.startswith(("val/", "eval/")) for name in names)
 
     def __enter__(self) -> "RunLog":
         return self
