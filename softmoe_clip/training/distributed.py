@@ -109,11 +109,6 @@ def over_processes(value: Tensor, reduce: Literal["mean", "sum", "max"]) -> Tens
     return value
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is up in at least one process, the same answer in all of them."""
-    return bool(over_processes(torch.tensor(int(flag), device=device), "max"))
-
-
 def check_same_everywhere(what: str, value: int, device: torch.device) -> None:
     """Refuse to go on where processes have found different things, as machines do that do not share a folder."""
     least, most = (int(sign * over_processes(torch.tensor(sign * value, device=device), "max")) for sign in (-1, 1))

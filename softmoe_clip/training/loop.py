@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -18,7 +19,7 @@ from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.build import build, run_picture, run_towers
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
 from softmoe_clip.training.distill import load_teacher
-from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
+from softmoe_clip.training.distributed import check_same_everywhere, gather_objects, make_accelerator, over_processes
 from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.execution import set_execution
 from softmoe_clip.training.expert_parallel import (
@@ -218,14 +219,14 @@ def train(config: TrainConfig) -> Path:
 
             done = Progress(step, done.samples_seen + config.batch_size)
             pairs_since += config.batch_size
-            stopping = any_process(bool(stop), device)
+            mine = torch.tensor([bool(stop), len(batch.replaced)], device=device)
+            stopping, num_new = over_processes(mine, "sum").tolist()
             is_last = step == config.last_step
-            append_replaced(ledger, batch.replaced, step)
-            num_replaced += len(batch.replaced)
+            replaced = sorted(chain(*gather_objects(batch.replaced))) if num_new else []
+            num_replaced += num_new
             if is_main:
+                append_replaced(ledger, replaced, step)
                 advance(1, note=f"loss {loss_value:.3f}")
-            if reports:
-                replaced = int(over_processes(torch.tensor(num_replaced, device=device), "sum"))
             if teacher is not None and reports:
                 distill_value = float(over_processes(stepper.loss_function.distill_loss, "mean"))
             if is_main and reports:
@@ -239,7 +240,7 @@ def train(config: TrainConfig) -> Path:
                     **norms.by_tower(),
                     "seconds": perf_counter() - begun,
                     "pairs_per_second": pairs_since / (perf_counter() - since),
-                    "replaced": replaced,
+                    "replaced": num_replaced,
                     **routing.summary(),
                 }
                 log.write(step, numbers)
