@@ -163,7 +163,8 @@ def train(config: TrainConfig) -> Path:
             "lr": learning_rate(done.step),
             "logit_scale": towers.logit_scale.exp().item(),
         }
-        again = partial(stepper.embed_all, batch)
+        by_itself = replace(stepper, model=accelerator.unwrap_model(model))  # DDP sends buffers in each forward pass
+        again = None if sharded or mesh is not None else partial(by_itself.embed_all, batch)
         return not_finite(
             what, value, run=run, step=step, batch=batch, towers=towers, again=again, numbers=numbers, norms=norms
         )
