@@ -22,9 +22,21 @@ def append_replaced(file: str | Path, replaced: Sequence[Replacement], step: int
     """Write down what was replaced at a step; nothing is written, and no file made, when nothing was."""
     if not replaced:
         return
-    lines = [json.dumps({**entry._asdict(), "step": step}, ensure_ascii=False) + "\n" for entry in replaced]
-    with open(file, "a", encoding="utf-8", errors=ESCAPED) as ledger:
-        ledger.writelines(lines)
+    append_lines(file, [json.dumps({**entry._asdict(), "step": step}, ensure_ascii=False) for entry in replaced])
+
+
+def append_lines(file: str | Path, lines: Sequence[str]) -> None:
+    """Add lines to a file, at once, so that a kill loses nothing.
+
+    Raises OSError, one sentence, for a full disk and the like.
+    """
+    try:
+        with open(file, "a", encoding="utf-8", errors=ESCAPED) as log:
+            log.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise OSError(
+            f"{file} could not be written ({error.strerror}): mend that and start the same command again to go on"
+        ) from error
 
 
 def read_ledger(file: str | Path) -> list[dict]:
