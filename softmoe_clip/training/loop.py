@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_local_main_process:
             place.fetch()
     accelerator.wait_for_everyone()  # until the other machines have fetched it too
-    if is_finished(run, config):
+    if over_processes(torch.tensor(float(is_finished(run, config)), device=device), "mean") == 1:  # nobody leaves alone
         if is_main:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
         return run
