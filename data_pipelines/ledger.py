@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+ESCAPED = "backslashreplace"  # a key is a file name in a tar, and need not be UTF-8; JSON reads it back
+
 
 class Replacement(NamedTuple):
     """A bad sample that the order put at `position`, why it is bad, and the key that took its place."""
@@ -20,15 +22,27 @@ def append_replaced(file: str | Path, replaced: Sequence[Replacement], step: int
     """Write down what was replaced at a step; nothing is written, and no file made, when nothing was."""
     if not replaced:
         return
-    lines = [json.dumps({**entry._asdict(), "step": step}, ensure_ascii=False) + "\n" for entry in replaced]
-    with open(file, "a", encoding="utf-8") as ledger:
-        ledger.writelines(lines)
+    append_lines(file, [json.dumps({**entry._asdict(), "step": step}, ensure_ascii=False) for entry in replaced])
+
+
+def append_lines(file: str | Path, lines: Sequence[str]) -> None:
+    """Add lines to a file, at once, so that a kill loses nothing.
+
+    Raises OSError, one sentence, for a full disk and the like.
+    """
+    try:
+        with open(file, "a", encoding="utf-8", errors=ESCAPED) as log:
+            log.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise OSError(
+            f"{file} could not be written ({error.strerror}): mend that and start the same command again to go on"
+        ) from error
 
 
 def read_ledger(file: str | Path) -> list[dict]:
     """Read all entries; a last line cut short by a kill is left out."""
     entries = []
-    for line in Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []:
+    for line in Path(file).read_text(encoding="utf-8").split("\n") if Path(file).exists() else []:
         try:
             entries.append(json.loads(line))
         except ValueError:
@@ -42,5 +56,5 @@ def cut_back_ledger(file: str | Path, last_step: int) -> None:
         return
     kept = [entry for entry in read_ledger(file) if entry["step"] <= last_step]
     part = Path(file).with_name(Path(file).name + ".part")
-    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
+    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), "utf-8", ESCAPED)
     part.replace(file)

@@ -55,6 +55,23 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def damaged_shards(scenes, tmp_path_factory):
+    """Twenty pictures, five of them without a caption."""
+    from softmoe_clip.data_pipelines.shard_writer import ShardWriter
+    from softmoe_clip.data_pipelines.tar_index import ShardSet
+
+    out = tmp_path_factory.mktemp("damaged") / "shards"
+    good = ShardSet.open(f"{scenes}/train")
+    with ShardWriter(out) as writer:
+        for number in range(20):
+            members = good.read(number).members
+            extension = "png" if "png" in members else "jpg"
+            captions = [] if number % 4 == 1 else members["txt"].decode().splitlines()
+            writer.add(members[extension], extension, captions)
+    return out
+
+
+@pytest.fixture(scope="session")
 def tokenizer_file(scenes, tmp_path_factory):
     """A sentencepiece model of the scenes' captions."""
     from softmoe_clip.data_pipelines.samples import all_captions

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from softmoe_clip.training.distributed import alone, any_process, gather_with_grad, over_processes
+from softmoe_clip.training.distributed import alone, gather_with_grad, over_processes
 from softmoe_clip.training.duplicates import Duplicates
 from softmoe_clip.training.losses import LOSSES
 
@@ -83,7 +83,6 @@ def one_of_several(rank, num_processes, folder):
     try:
         assert dist.get_world_size() == num_processes
         found = {"gathered": gather_with_grad(torch.tensor([float(rank)])).tolist()}
-        found["any"] = [any_process(False, torch.device("cpu")), any_process(rank == 1, torch.device("cpu"))]
         for name, count_as, chunk_size in CASES:
             found[f"{name} {count_as} {chunk_size}"] = one_case(rank, num_processes, name, count_as, chunk_size)
         torch.save(found, f"{folder}/{rank}.pt")

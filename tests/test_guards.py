@@ -101,8 +101,11 @@ def test_a_large_batch_does_not_fill_the_screen(tiny_config):
     assert len(str(stopped.value).split("keys ")[1].split(" and")[0].split()) == KEYS_TOLD
 
 
-def part_of_two(settings, overrides, port, rank, told):
-    """Train as one of two processes; tell how it ended and how many took part."""
+def part_of_two(settings, overrides, port, rank, told, fails_at):
+    """Train as one of two processes; tell how it ended and how many took part.
+
+    The second one gets no memory the `fails_at`-th time that it looks at pictures without a gradient.
+    """
     import os
 
     torch.set_num_threads(1)
@@ -111,6 +114,16 @@ def part_of_two(settings, overrides, port, rank, told):
     from softmoe_clip.config import TrainConfig
     from softmoe_clip.data_pipelines.strict import load_strict
 
+    looks = []
+
+    def fail(module, inputs):
+        if isinstance(module, nn.Conv2d) and not torch.is_grad_enabled():
+            looks.append(module)
+            if len(looks) == fails_at:
+                raise MemoryError("no memory for these pictures")
+
+    if rank == 1 and fails_at:
+        nn.modules.module.register_module_forward_pre_hook(fail)
     try:
         train(load_strict(TrainConfig, settings, overrides))
         told.put((rank, "finished", 0))
@@ -118,32 +131,65 @@ def part_of_two(settings, overrides, port, rank, told):
         told.put((rank, str(error), torch.distributed.get_world_size()))
 
 
+@pytest.fixture
+def stopped_record(four_steps, tiny_settings, tmp_path):
+    """Let two processes run into a weight that is none; both must say the same, and return the file they left."""
+
+    def run(*overrides, fails_at=0):
+        run = broken_run(four_steps, tmp_path, "visual.conv1.weight", float("nan"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "accelerate", "open_clip", "softmoe_clip.training.loop"])
+        told = context.Queue()
+        settings = {"out": str(run), **tiny_settings}
+        overrides = ["steps=6", "optim.schedule=constant", *overrides]
+        started = (settings, overrides, port)
+        both = [context.Process(target=part_of_two, args=(*started, rank, told, fails_at)) for rank in (0, 1)]
+        for process in both:
+            process.start()
+        try:
+            ends = sorted(told.get(timeout=120) for _ in both)
+        finally:
+            for process in both:
+                process.join(timeout=10)
+                process.kill()
+        assert [end[0] for end in ends] == [0, 1]
+        assert [end[2] for end in ends] == [2, 2]
+        assert ends[0][1] == ends[1][1]
+        record = json.loads((run / "not_finite/step_00000005.json").read_text())
+        assert [process["rank"] for process in record["processes"]] == [0, 1]
+        pairs = [pair for process in record["processes"] for pair in process["pairs"]]
+        assert [pair["position"] for pair in pairs] == list(range(32, 40))
+        assert " ".join(pair["key"] for pair in pairs) in ends[0][1]
+        assert [found["name"] for found in record["parameters_not_finite"]] == ["visual.conv1.weight"]
+        return record
+
+    return run
+
+
 @pytest.mark.slow
-def test_all_processes_stop_with_the_same_words_and_one_file_holds_the_whole_batch(four_steps, tiny_settings, tmp_path):
-    run = broken_run(four_steps, tmp_path, "visual.conv1.weight", float("nan"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate", "open_clip", "softmoe_clip.training.loop"])
-    told = context.Queue()
-    settings = {"out": str(run), **tiny_settings}
-    overrides = ["steps=6", "optim.schedule=constant"]
-    both = [context.Process(target=part_of_two, args=(settings, overrides, port, rank, told)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    ends = sorted(told.get(timeout=240) for _ in both)
-    for process in both:
-        process.join(timeout=60)
-    assert [end[0] for end in ends] == [0, 1]
-    assert [end[2] for end in ends] == [2, 2]
-    assert ends[0][1] == ends[1][1]
-    record = json.loads((run / "not_finite/step_00000005.json").read_text())
-    assert [process["rank"] for process in record["processes"]] == [0, 1]
-    pairs = [pair for process in record["processes"] for pair in process["pairs"]]
-    assert [pair["position"] for pair in pairs] == list(range(32, 40))
+def test_all_processes_stop_with_the_same_words_and_one_file_holds_the_whole_batch(stopped_record):
+    record = stopped_record()
     assert {process["first_output_not_finite"]["module"] for process in record["processes"]} == {"visual.conv1"}
-    assert " ".join(pair["key"] for pair in pairs) in ends[0][1]
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_for_a_second_look_says_so_and_the_others_look(stopped_record):
+    processes = stopped_record("chunk_size=2", fails_at=3)["processes"]  # each step looks at two chunks twice
+    assert processes[0]["first_output_not_finite"]["module"] == "visual.conv1"
+    assert processes[1]["first_output_not_finite"] is None
+    assert processes[1]["problem"] == "the step could not be computed again: no memory for these pictures"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["sharding=full", "expert_parallel=2"])
+def test_processes_that_compute_together_take_no_second_look_in_which_one_could_fail(stopped_record, override):
+    processes = stopped_record(override, fails_at=1)["processes"]
+    assert {process["problem"] for process in processes} == {
+        "processes that compute together do not compute a step again"
+    }
 
 
 class TwoTowers(nn.Module):

@@ -16,6 +16,13 @@ def test_entries_come_back_and_nothing_makes_no_file(tmp_path):
     assert [entry["step"] for entry in read_ledger(file)] == [1, 1, 2]
 
 
+def test_a_key_that_is_no_text_comes_back(tmp_path):
+    file, odd = tmp_path / "skipped.jsonl", ENTRY._replace(key="caf\udce9\u2028")
+    append_replaced(file, [odd, odd], 1)
+    cut_back_ledger(file, 1)
+    assert [entry["key"] for entry in read_ledger(file)] == ["caf\udce9\u2028"] * 2
+
+
 def test_cutting_back_drops_later_steps_and_half_lines(tmp_path):
     file = tmp_path / "skipped.jsonl"
     cut_back_ledger(file, 3)

@@ -121,7 +121,6 @@ def test_several_processes_compute_what_one_computes(tmp_path, num_processes):
     ranks = in_processes(num_processes, tmp_path)
     for rank, found in enumerate(ranks):
         assert found["gathered"] == [float(number) for number in range(num_processes)]
-        assert found["any"] == [False, True]
         if num_processes == 2:
             assert_alone_is_a_part(found, rank, NUM_PAIRS // 2)
     for name, count_as, chunk_size in CASES:

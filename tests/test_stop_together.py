@@ -1,8 +1,9 @@
-"""Several processes of one run: a signal to any of them stops all at one step; the run goes on anywhere."""
+"""Several processes of one run: a signal to any stops all at one step, a failure ends all; the run goes on anywhere."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -24,7 +25,7 @@ def launch(tiny_yaml, tmp_path):
     """Start the ranks of a run, as a launcher would; the stderr of rank r goes to r.txt."""
     started = []
 
-    def start(num_processes, *overrides, of_rank=((), ())):
+    def start(num_processes, *overrides, of_rank=((), ()), of_main=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -33,7 +34,8 @@ def launch(tiny_yaml, tmp_path):
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in place.items()} if num_processes > 1 else {}
             arguments = ["train", tiny_yaml, *SETTINGS, *overrides, *of_rank[rank]]
-            started.append(start_verb(arguments, tmp_path, tmp_path / f"{rank}.txt", environment))
+            limits = {} if rank else of_main or {}
+            started.append(start_verb(arguments, tmp_path, tmp_path / f"{rank}.txt", environment, **limits))
         return started[-num_processes:]
 
     yield start
@@ -83,13 +85,41 @@ def test_a_signal_to_one_rank_stops_both_with_status_75_and_one_process_elsewher
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
-def test_machines_that_do_not_share_a_folder_refuse_to_go_on_from_different_steps(launch, tmp_path):
+@pytest.mark.parametrize("steps", [2, 4])
+def test_machines_that_do_not_share_a_folder_refuse_to_go_on_from_different_steps(launch, tmp_path, steps):
     assert ended(launch(1, f"out={tmp_path}/a", "steps=2")) == [0]
     of_rank = [(f"out={tmp_path}/{name}",) for name in "ab"]
-    assert ended(launch(2, "steps=4", of_rank=of_rank)) == [2, 2]
+    assert ended(launch(2, f"steps={steps}", of_rank=of_rank)) == [2, 2]
     for rank in (0, 1):
         told = (tmp_path / f"{rank}.txt").read_text().splitlines()[-1]
         assert (
             "the step of the newest checkpoint is 0 for one process and 2 for another: out must be a folder that"
             in told
         )
+
+
+def last_line(file):
+    return file.read_text().splitlines()[-1]
+
+
+def test_a_full_disk_of_the_main_process_ends_all_and_is_named(launch, tmp_path):
+    settings = (f"out={tmp_path}/run", "trackers=[]", "steps=100000", "checkpoint_every=0")
+    statuses = ended(launch(2, *settings, of_main={"largest_file": 15_000}))
+    assert statuses[0] == 2
+    assert statuses[1] not in (0, None)
+    told = f"softmoe-clip: {tmp_path}/run/metrics.jsonl could not be written (File too large): mend that and start"
+    assert last_line(tmp_path / "0.txt").startswith(told)
+
+
+def test_what_fails_while_the_main_process_measures_ends_all(launch, scenes, tmp_path):
+    val = shutil.copytree(scenes / "val", tmp_path / "val")
+    settings = (f"out={tmp_path}/run", f"data.val={val}", "eval.every=40", "steps=100000", "checkpoint_every=0")
+    both, log = launch(2, *settings), tmp_path / "run/metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert all(rank.is_alive() for rank in both), [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+        time.sleep(0.01)
+    val.rename(tmp_path / "elsewhere")
+    statuses = ended(both)
+    assert statuses[0] == 2
+    assert statuses[1] not in (0, None)
+    assert re.match(f"softmoe-clip: .*{val}", last_line(tmp_path / "0.txt"))

@@ -71,7 +71,7 @@ def test_a_run_goes_on_in_the_same_wandb_run_and_logs_what_metrics_jsonl_has(rec
     first, second = (call for call in told if call["call"] == "init")
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("softmoe-clip", "run", "allow")
-    assert first["id"] == (run / "wandb/run_id.txt").read_text().strip() != ""
+    assert first["id"] == (run / "wandb_run_id.txt").read_text().strip() != ""
     settings = next(call for call in told if call["call"] == "config")
     assert settings["allow_val_change"]
     assert settings["values"]["model.image_moe.num_experts"] == 4
@@ -80,6 +80,13 @@ def test_a_run_goes_on_in_the_same_wandb_run_and_logs_what_metrics_jsonl_has(rec
     assert logged == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [call["call"] for call in told].count("finish") == 2
     assert not (run / "tensorboard").exists()
+
+
+def test_a_run_at_a_url_goes_on_in_the_same_wandb_run_on_another_machine(recorder, tiny_config, tmp_path):
+    where = ("optim.schedule=constant", "trackers=[wandb]", f"out=file://{tmp_path}/there")
+    runs = [train(tiny_config(f"steps={2 + n}", f"working_folder={tmp_path / 'ab'[n]}", *where)) for n in (0, 1)]
+    ids = [[call["id"] for call in calls(run) if call["call"] == "init"] for run in runs]
+    assert ids[0] == ids[1][-1:]
 
 
 def test_the_service_that_refuses_is_named_in_one_sentence(recorder, tiny_config, monkeypatch):

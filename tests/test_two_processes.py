@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from softmoe_clip.data_pipelines.ledger import read_ledger
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter
-from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 pytestmark = pytest.mark.slow
 
@@ -58,20 +56,6 @@ def finish(command, tmp_path, process_environment):
         return run
 
     return run_to_the_end
-
-
-@pytest.fixture(scope="module")
-def damaged_shards(scenes, tmp_path_factory):
-    """Twenty pictures, five of them without a caption."""
-    out = tmp_path_factory.mktemp("damaged") / "shards"
-    good = ShardSet.open(f"{scenes}/train")
-    with ShardWriter(out) as writer:
-        for number in range(20):
-            members = good.read(number).members
-            extension = "png" if "png" in members else "jpg"
-            captions = [] if number % 4 == 1 else members["txt"].decode().splitlines()
-            writer.add(members[extension], extension, captions)
-    return out
 
 
 def metrics(run):

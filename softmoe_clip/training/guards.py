@@ -79,14 +79,15 @@ def not_finite(
     step: int,
     batch: Batch,
     towers: nn.Module,
-    again: Callable[[], Any],
+    again: Callable[[], Any] | None,
     numbers: dict[str, int | float],
     norms: GradientNorms | None = None,
 ) -> ValueError:
     """Write `run/not_finite/step_00000005.json` and return the error for every process to raise, the same in all.
 
     All processes must call this together. `again` computes the outputs of this process's part once more, so that the
-    first module whose output is not finite can be named; `numbers` are what the step would have logged.
+    first module whose output is not finite can be named; it is None where that takes all processes together, of which
+    one that failed would leave the others waiting. `numbers` are what the step would have logged.
     """
     parts = gather_objects(part_of_process(batch, towers, again))
     file = run / "not_finite" / f"step_{step:08d}.json"
@@ -110,30 +111,37 @@ def write_record(file: Path, record: dict) -> str:
     """Write what is known, and say where; a full disk must not hide the reason for the stop."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n"
+        file.write_text(text, "utf-8", "backslashreplace")  # a key need not be UTF-8
     except OSError as error:
         return f"{file} could not be written ({error.strerror})"
     return f"what led there stands in {file}"
 
 
-def part_of_process(batch: Batch, towers: nn.Module, again: Callable[[], Any]) -> dict[str, Any]:
-    """Return what this process alone knows: its pairs, its routing, and where its numbers went wrong."""
+def part_of_process(batch: Batch, towers: nn.Module, again: Callable[[], Any] | None) -> dict[str, Any]:
+    """Return what this process alone knows: its pairs, its routing, and where its numbers went wrong.
+
+    What fails on the way is told in `problem`: the others wait for this part.
+    """
     places = zip(batch.positions, batch.keys, batch.captions, strict=True)
-    first, routing, problem = None, {}, None
-    try:
-        with torch.no_grad(), collect_routing() as collected, first_output_not_finite(towers) as found:
-            again()
-        first, routing = found[0] if found else None, collected.means()
-    except RuntimeError as error:  # out of memory, above all
-        problem = f"the step could not be computed again: {' '.join(str(error).split())[:200]}"
-    return {
+    part = {
         "rank": rank(),
-        "first_output_not_finite": first,
-        "problem": problem,
-        "parameters_not_finite": tensors_not_finite({name: local(p) for name, p in towers.named_parameters()}),
-        "routing": routing,
+        "first_output_not_finite": None,
+        "problem": None if again else "processes that compute together do not compute a step again",
+        "parameters_not_finite": [],
+        "routing": {},
         "pairs": [{"position": position, "key": key, "caption": caption} for position, key, caption in places],
     }
+    try:
+        part["parameters_not_finite"] = tensors_not_finite({name: local(p) for name, p in towers.named_parameters()})
+        if again:
+            with torch.no_grad(), collect_routing() as collected, first_output_not_finite(towers) as found:
+                again()
+            part |= {"first_output_not_finite": found[0] if found else None, "routing": collected.means()}
+    except Exception as error:  # out of memory, above all
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        part["problem"] = f"the step could not be computed again: {reason}"
+    return part
 
 
 def found_anywhere(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

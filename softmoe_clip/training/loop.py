@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -16,11 +17,14 @@ from softmoe_clip.data_pipelines.train_set import statement
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
-from softmoe_clip.training.distributed import any_process, check_same_everywhere, make_accelerator, over_processes
-from softmoe_clip.training.expert_parallel import (
-    average_expert_gradients,
-    told_of_spread,
+from softmoe_clip.training.distributed import (
+    any_process,
+    check_same_everywhere,
+    gather_objects,
+    make_accelerator,
+    over_processes,
 )
+from softmoe_clip.training.expert_parallel import average_expert_gradients, told_of_spread
 from softmoe_clip.training.freeze import in_words, train_mode, trained_names
 from softmoe_clip.training.guards import GradientNorms, gradient_norms, must_stop, not_finite
 from softmoe_clip.training.losses import LOSSES
@@ -31,12 +35,7 @@ from softmoe_clip.training.routing_watch import RoutingWatch, watched_layers
 from softmoe_clip.training.run_folder import Stopped, as_tree, begin, is_finished, newest_step, say
 from softmoe_clip.training.run_log import RunLog
 from softmoe_clip.training.setup import make_batches, make_stepper, set_up
-from softmoe_clip.training.sharding import (
-    average_scalar_gradients,
-    clip_gradients,
-    is_sharded,
-    told_of_shards,
-)
+from softmoe_clip.training.sharding import average_scalar_gradients, clip_gradients, is_sharded, told_of_shards
 from softmoe_clip.training.stop_signals import stop_signals
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; siglip is left free
@@ -136,7 +135,9 @@ def train(config: TrainConfig) -> Path:
             "lr": setup.learning_rate(done.step),
             "logit_scale": towers.logit_scale.exp().item(),
         }
-        again = partial(stepper.embed_all, batch)
+        # Without DDP, which sends buffers in each forward pass.
+        by_itself = replace(stepper, model=accelerator.unwrap_model(stepper.model))
+        again = None if is_sharded(towers) or mesh is not None else partial(by_itself.embed_all, batch)
         return not_finite(
             what, value, run=run, step=step, batch=batch, towers=towers, again=again, numbers=numbers, norms=norms
         )
@@ -182,14 +183,14 @@ def train(config: TrainConfig) -> Path:
 
             done = Progress(step, done.samples_seen + config.batch_size)
             pairs_since += config.batch_size
-            stopping = any_process(bool(stop), device)
+            mine = torch.tensor([bool(stop), len(batch.replaced)], device=device)
+            stopping, num_new = over_processes(mine, "sum").tolist()
             is_last = step == config.last_step
-            append_replaced(ledger, batch.replaced, step)
-            num_replaced += len(batch.replaced)
+            replaced = sorted(chain(*gather_objects(batch.replaced))) if num_new else []
+            num_replaced += num_new
             if is_main:
+                append_replaced(ledger, replaced, step)
                 advance(1, note=f"loss {loss_value:.3f}")
-            if reports:
-                replaced = int(over_processes(torch.tensor(num_replaced, device=device), "sum"))
             if teacher is not None and reports:
                 distill_value = float(over_processes(stepper.loss_function.distill_loss, "mean"))
             if is_main and reports:
@@ -203,7 +204,7 @@ def train(config: TrainConfig) -> Path:
                     **norms.by_tower(),
                     "seconds": perf_counter() - begun,
                     "pairs_per_second": pairs_since / (perf_counter() - since),
-                    "replaced": replaced,
+                    "replaced": num_replaced,
                     **routing.summary(),
                 }
                 log.write(step, numbers)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from softmoe_clip.data_pipelines.ledger import append_lines
 from softmoe_clip.training.trackers import start_trackers
 
 REPORTED_PACKAGES = ("softmoe-clip", "torch", "torchvision", "open-clip-torch", "timm", "accelerate", "numpy", "pillow")
@@ -29,18 +30,18 @@ class RunLog:
         settings: dict[str, Any] | None = None,
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines_before = cut_back(folder / "metrics.jsonl", first_step)
+        self.file = folder / "metrics.jsonl"
+        self.lines_before = cut_back(self.file, first_step)
+        self.file.touch()
         self.trackers = start_trackers(trackers, folder, first_step, settings or {})
-        self.lines = (folder / "metrics.jsonl").open("a")
 
     def write(self, step: int, numbers: dict[str, int | float]) -> None:
-        """Write the numbers of one step, at once, so that a kill loses nothing; JSON has no NaN or infinity, but null.
+        """Write the numbers of one step; JSON has no NaN or infinity, but null.
 
         Gradient norms are none at a step that fp16 skips.
         """
         shown = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self.lines.write(json.dumps({"step": step, **shown}) + "\n")
-        self.lines.flush()
+        append_lines(self.file, [json.dumps({"step": step, **shown})])
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
 
@@ -57,7 +58,6 @@ class RunLog:
         return self
 
     def __exit__(self, *error) -> None:
-        self.lines.close()
         for tracker in self.trackers:
             tracker.finish()
 

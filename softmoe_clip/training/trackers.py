@@ -69,9 +69,8 @@ def own_settings(name: str, run: Path) -> dict[str, Any]:
     """Return what lets a service know this run again when it goes on."""
     if name != "wandb":
         return {}
-    noted = run / "wandb" / "run_id.txt"
+    noted = run / "wandb_run_id.txt"  # beside config.yaml: of a run at a URL another machine fetches what lies there
     if not noted.exists():
-        noted.parent.mkdir(exist_ok=True)
         noted.write_text(f"{secrets.token_hex(4)}\n")
     return {"name": run.resolve().name, "dir": str(run), "id": noted.read_text().strip(), "resume": "allow"}
 
