@@ -93,7 +93,8 @@ class Encoder:
         device_type = torch.device(self.device).type
         try:
             self.model.eval()
-            with torch.inference_mode(), torch.autocast(device_type, dtype) if dtype else nullcontext():
+            # Not inference_mode: a sharded model keeps the memory of its first pass, and could not be trained after it.
+            with torch.no_grad(), torch.autocast(device_type, dtype) if dtype else nullcontext():
                 yield
         finally:
             for module, training in modes:

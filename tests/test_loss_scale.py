@@ -31,6 +31,7 @@ def fp16_on_a_cpu(tmp_path, monkeypatch):
 
     monkeypatch.setattr("softmoe_clip.training.loop.make_accelerator", make_accelerator)
     monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision than that of the runs before
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

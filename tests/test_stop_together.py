@@ -123,3 +123,22 @@ def test_what_fails_while_the_main_process_measures_ends_all(launch, scenes, tmp
     assert statuses[0] == 2
     assert statuses[1] not in (0, None)
     assert re.match(f"softmoe-clip: .*{val}", last_line(tmp_path / "0.txt"))
+
+
+def test_what_a_run_still_owes_is_done_by_all_its_processes_together(launch, tmp_path, scenes):
+    run, settings = tmp_path / "run", ("sharding=full", f"data.val={scenes}/val", "eval.every=2")
+    assert ended(launch(2, f"out={run}", "steps=4", *settings)) == [0, 0]
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "val/loss" in lines[-1]
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if a stop had left it out
+    assert ended(launch(2, f"out={run}", "steps=5", *settings)) == [0, 0]
+    measured = [line for line in metrics(run) if "val/loss" in line]
+    assert [line["step"] for line in measured] == [2, 4, 5]
+    assert measured[1]["val/loss"] == json.loads(lines[-1])["val/loss"]
+
+    before = (run / WEIGHTS).read_bytes()
+    shutil.rmtree(run / "model")
+    for told in ("the model is", "is finished (5 steps); nothing to do"):
+        assert ended(launch(2, f"out={run}", "steps=5", *settings)) == [0, 0]
+        assert told in (tmp_path / "0.txt").read_text()
+        assert (run / WEIGHTS).read_bytes() == before
