@@ -52,6 +52,8 @@ def test_what_only_gave_the_first_weights_is_written_down_but_may_go(tiny_config
     assert "open_clip_model.safetensors" in inputs["init"]
     train(tiny_config(constant, "steps=4", f"out={tmp_path}/first"))  # the first run goes on: other weights now
     train(tiny_config(constant, "steps=4", f"init={first}"))
+    first.rename(tmp_path / "gone")
+    train(tiny_config(constant, "steps=5", f"init={first}"))
 
 
 def test_a_run_from_before_there_were_fingerprints_goes_on(tiny_config):

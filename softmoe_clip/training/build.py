@@ -30,10 +30,11 @@ from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
 
 
-def build(config: TrainConfig, group: ExpertGroup | None = None) -> LoadedModel:
+def build(config: TrainConfig, group: ExpertGroup | None = None, resumes: bool = False) -> LoadedModel:
     """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights.
 
-    With a group of processes, each of them holds its share of these weights' experts.
+    With a group of processes, each of them holds its share of these weights' experts. Where a run resumes, a checkpoint
+    will give the weights, and `init` may be gone.
     """
     text_cfg = architecture(config.model)["text_cfg"]
     tokenizer = run_tokenizer(config.tokenizer, text_cfg)
@@ -45,7 +46,8 @@ def build(config: TrainConfig, group: ExpertGroup | None = None) -> LoadedModel:
     torch.manual_seed(config.seed)
     with spread_over(group):
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
-    if config.init is not None and branch_point(config) is None:
+    needed = not resumes or config.data.image_features is not None  # which are compared with the trunk's own
+    if config.init is not None and needed and branch_point(config) is None:
         continue_from(model, config.init, tokenizer)
     if config.lora is None:
         freeze(model, config.freeze)

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
         return run
 
-    setup = set_up(config, accelerator)
+    setup = set_up(config, accelerator, resumes=newest_step(run) > 0)
     shards, loaded, towers, mesh = setup.shards, setup.loaded, setup.towers, setup.mesh
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
     scaler = accelerator.scaler  # of fp16 alone

@@ -41,8 +41,8 @@ class Setup(NamedTuple):
     ema: Ema | None
 
 
-def set_up(config: TrainConfig, accelerator) -> Setup:
-    """Open the data and build the model and all that trains it; nothing is written.
+def set_up(config: TrainConfig, accelerator, resumes: bool = False) -> Setup:
+    """Open the data and build the model and all that trains it; nothing is written. `resumes` is as in `build`.
 
     Raises ValueError, one sentence, where config, data, model and number of processes do not go together.
     """
@@ -54,7 +54,7 @@ def set_up(config: TrainConfig, accelerator) -> Setup:
     check_batch_size(config.batch_size, num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
     mesh = make_mesh(config.expert_parallel, num_processes, device)
-    loaded = build(config, None if mesh is None else mesh.row)
+    loaded = build(config, None if mesh is None else mesh.row, resumes)
     check_spread(loaded.model, config.expert_parallel)
     picture = run_picture(config, loaded, shards)
     check_chunk_size(config.chunk_size, loaded.model)
