@@ -79,17 +79,18 @@ def not_finite(
     step: int,
     batch: Batch,
     towers: nn.Module,
-    again: Callable[[], Any] | None,
+    again: Callable[[], Any],
+    together: bool,
     numbers: dict[str, int | float],
     norms: GradientNorms | None = None,
 ) -> ValueError:
     """Write `run/not_finite/step_00000005.json` and return the error for every process to raise, the same in all.
 
     All processes must call this together. `again` computes the outputs of this process's part once more, so that the
-    first module whose output is not finite can be named; it is None where that takes all processes together, of which
-    one that failed would leave the others waiting. `numbers` are what the step would have logged.
+    first module whose output is not finite can be named; `together` tells that it takes all processes. `numbers` are
+    what the step would have logged.
     """
-    parts = gather_objects(part_of_process(batch, towers, again))
+    parts = gather_objects(part_of_process(batch, towers))
     file = run / "not_finite" / f"step_{step:08d}.json"
     record = {
         "what": what,
@@ -101,10 +102,29 @@ def not_finite(
         "gradients_not_finite": norms.not_finite() if norms else None,
         "processes": parts,
     }
-    written = gather_objects(write_record(file, record) if rank() == 0 else "")[0]  # nobody leaves before it stands
+    told = f"{what} is {value} at step {step}, sample keys {some_keys(parts)}: lower optim.lr"
+    written = written_by_main(file, record)
+    try:
+        seen = look_again(towers, again)
+    except Exception as failure:  # out of memory, above all
+        if together:  # the others wait inside, or have failed too, since one has left: what is known stands in the file
+            return ValueError(f"{told}; {written}")
+        reason = " ".join(str(failure).split())[:200] or type(failure).__name__
+        seen = {"problem": f"the step could not be computed again: {reason}"}
+    for part, found in zip(parts, gather_objects(seen), strict=True):
+        part |= found
+    return ValueError(f"{told}; {written_by_main(file, record)}")
+
+
+def some_keys(parts: list[dict[str, Any]]) -> str:
+    """Name the first pairs of a global batch."""
     keys = [pair["key"] for part in parts for pair in part["pairs"]]
-    told = " ".join(keys[:KEYS_TOLD]) + (f" and {len(keys) - KEYS_TOLD:,} more" if len(keys) > KEYS_TOLD else "")
-    return ValueError(f"{what} is {value} at step {step}, sample keys {told}: lower optim.lr; {written}")
+    return " ".join(keys[:KEYS_TOLD]) + (f" and {len(keys) - KEYS_TOLD:,} more" if len(keys) > KEYS_TOLD else "")
+
+
+def written_by_main(file: Path, record: dict) -> str:
+    """Let the main process write, and all know what came of it: nobody leaves before the file stands."""
+    return gather_objects(write_record(file, record) if rank() == 0 else "")[0]
 
 
 def write_record(file: Path, record: dict) -> str:
@@ -118,8 +138,8 @@ def write_record(file: Path, record: dict) -> str:
     return f"what led there stands in {file}"
 
 
-def part_of_process(batch: Batch, towers: nn.Module, again: Callable[[], Any] | None) -> dict[str, Any]:
-    """Return what this process alone knows: its pairs, its routing, and where its numbers went wrong.
+def part_of_process(batch: Batch, towers: nn.Module) -> dict[str, Any]:
+    """Return what this process alone knows: its pairs, and parameters that are not finite.
 
     What fails on the way is told in `problem`: the others wait for this part.
     """
@@ -127,21 +147,23 @@ def part_of_process(batch: Batch, towers: nn.Module, again: Callable[[], Any] | 
     part = {
         "rank": rank(),
         "first_output_not_finite": None,
-        "problem": None if again else "processes that compute together do not compute a step again",
+        "problem": "the step could not be computed again",  # until it has been
         "parameters_not_finite": [],
         "routing": {},
         "pairs": [{"position": position, "key": key, "caption": caption} for position, key, caption in places],
     }
     try:
         part["parameters_not_finite"] = tensors_not_finite({name: local(p) for name, p in towers.named_parameters()})
-        if again:
-            with torch.no_grad(), collect_routing() as collected, first_output_not_finite(towers) as found:
-                again()
-            part |= {"first_output_not_finite": found[0] if found else None, "routing": collected.means()}
-    except Exception as error:  # out of memory, above all
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        part["problem"] = f"the step could not be computed again: {reason}"
+    except Exception as error:
+        part["problem"] = " ".join(str(error).split())[:200] or type(error).__name__
     return part
+
+
+def look_again(towers: nn.Module, again: Callable[[], Any]) -> dict[str, Any]:
+    """Return where this process's numbers go wrong when they are computed again, and its routing."""
+    with torch.no_grad(), collect_routing() as collected, first_output_not_finite(towers) as found:
+        again()
+    return {"first_output_not_finite": found[0] if found else None, "problem": None, "routing": collected.means()}
 
 
 def found_anywhere(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

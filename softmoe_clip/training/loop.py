@@ -137,9 +137,17 @@ def train(config: TrainConfig) -> Path:
         }
         # Without DDP, which sends buffers in each forward pass.
         by_itself = replace(stepper, model=accelerator.unwrap_model(stepper.model))
-        again = None if is_sharded(towers) or mesh is not None else partial(by_itself.embed_all, batch)
         return not_finite(
-            what, value, run=run, step=step, batch=batch, towers=towers, again=again, numbers=numbers, norms=norms
+            what,
+            value,
+            run=run,
+            step=step,
+            batch=batch,
+            towers=towers,
+            again=partial(by_itself.embed_all, batch),
+            together=is_sharded(towers) or mesh is not None,
+            numbers=numbers,
+            norms=norms,
         )
 
     accelerator.wait_for_everyone()

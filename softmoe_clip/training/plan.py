@@ -38,7 +38,7 @@ def print_plan(config: TrainConfig) -> None:
     setup = set_up(here, accelerator)
     check_spread(setup.towers, config.expert_parallel)
     rows = [*model_rows(config, setup), *memory_rows(config, setup, num_processes)]
-    branched = branch_off(here, setup.towers, setup.optimizer, setup.ema, tell=lambda text: None)
+    branched = branch_off(here, setup.towers, setup.optimizer, setup.ema, accelerator.scaler, tell=lambda text: None)
     num_steps = config.last_step - (branched.step if branched is not None else 0)
     seconds, memory = timed_steps(here, setup, accelerator)
     rows += [("peak memory of a step", as_size(memory)), *time_rows(config, setup, seconds, num_steps)]
