@@ -12,6 +12,7 @@ from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer, load_t
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.training.loop import train
 
 TRUNK = "softmoe_vit_tiny_patch16_224"
 
@@ -112,3 +113,23 @@ def test_a_tower_of_transformers_may_take_captions_of_another_length(architectur
     assert torch.equal(model.visual.conv1.weight, source.visual.conv1.weight)
     with pytest.raises(ValueError, match="trained with another tokenizer"):
         continue_from(model, str(tmp_path / "model"), lambda texts: tokenizer(texts) + 1)
+
+
+def test_a_run_sees_pictures_as_the_model_it_starts_from_and_goes_on_and_branches_so(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    trained = load(train(tiny_config("steps=2", "out=first")))
+    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2], "interpolation": "bilinear", "resize_mode": "shortest"}
+    written = trained.config | {"preprocess_cfg": trained.config["preprocess_cfg"] | seen}
+    save(trained._replace(config=written), tmp_path / "source")
+    run = train(tiny_config("steps=2", "out=second", "init=source", "optim.schedule=constant"))
+    (tmp_path / "source").rename(tmp_path / "gone")
+    train(tiny_config("steps=3", "out=second", "init=source", "optim.schedule=constant"))
+    branch = train(tiny_config("steps=4", "out=third", "init=second/checkpoints/step_00000003"))
+    for folder in (run, branch):
+        found = load(folder).preprocess_cfg
+        assert {name: found[name] for name in seen} == seen
+        assert found["size"] == trained.preprocess_cfg["size"]
+    again = json.loads((run / "versions.json").read_text())["preprocess_cfg"]
+    assert {name: again[name] for name in seen} == seen

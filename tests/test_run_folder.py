@@ -23,7 +23,7 @@ class Data:
 def run(tmp_path, tiny_config):
     """A run that was begun and has a checkpoint after step 4 of 6."""
     folder = tmp_path / "run"
-    begin(folder, tiny_config(), Data())
+    begin(folder, tiny_config(), Data(), {})
     (folder / "checkpoints/step_00000004").mkdir(parents=True)
     return folder
 
@@ -54,7 +54,7 @@ def test_a_run_begins_with_its_config_and_what_it_ran_on(run, tiny_config):
     ],
 )
 def test_what_makes_no_other_run_may_change(run, tiny_config, change):
-    begin(run, tiny_config(change), Data())
+    begin(run, tiny_config(change), Data(), {})
     key, value = change.split("=")
     assert f"{key.split('.')[-1]}: {value}" in (run / "config.yaml").read_text()
 
@@ -77,7 +77,7 @@ def test_what_makes_no_other_run_may_change(run, tiny_config, change):
 def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config, change, told, folder_bytes):
     before = folder_bytes(run)
     with pytest.raises(ValueError, match=f"begun with other settings .*{told}.*give another folder as out"):
-        begin(run, tiny_config(change), Data())
+        begin(run, tiny_config(change), Data(), {})
     assert folder_bytes(run) == before
 
 
@@ -87,37 +87,37 @@ def test_a_run_from_before_there_were_windows_goes_on_where_its_order_is_the_sam
     without = saved.read_text()
     for change, num_shards in (("data.window=32", 32), ("data.window=0", 33)):
         saved.write_text(without)
-        begin(run, tiny_config(change), Data(num_shards=num_shards))
+        begin(run, tiny_config(change), Data(num_shards=num_shards), {})
     saved.write_text(without)
     with pytest.raises(ValueError, match=r"data\.window: 0 then, 32 now"):
-        begin(run, tiny_config(), Data(num_shards=33))
+        begin(run, tiny_config(), Data(num_shards=33), {})
 
 
 def test_a_run_with_decay_rules_of_its_own_goes_on_under_them_and_no_others(run, tiny_config):
     own, saved = "optim.weight_decay={'.*': 0.05}", run / "config.yaml"
-    begin(run, tiny_config(), Data())
+    begin(run, tiny_config(), Data(), {})
     with pytest.raises(ValueError, match=r"optim\.weight_decay\.\.\*: 0\.1 then, 0\.05 now"):
-        begin(run, tiny_config(own), Data())
+        begin(run, tiny_config(own), Data(), {})
     saved.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(tiny_config(own)))))
-    begin(run, tiny_config(own), Data())
+    begin(run, tiny_config(own), Data(), {})
     with pytest.raises(ValueError, match=r"optim\.weight_decay\.\.\*: 0\.05 then, 0\.1 now"):
-        begin(run, tiny_config(), Data())
+        begin(run, tiny_config(), Data(), {})
 
 
 def test_all_differences_are_named(run, tiny_config):
     with pytest.raises(ValueError, match=r"\(optim.lr: 0.001 then, 0.5 now; seed: 0 then, 3 now\)"):
-        begin(run, tiny_config("seed=3", "optim.lr=0.5", "steps=9"), Data())
+        begin(run, tiny_config("seed=3", "optim.lr=0.5", "steps=9"), Data(), {})
 
 
 def test_other_data_under_the_same_name_is_refused(run, tiny_config):
     with pytest.raises(ValueError, match=r"begun with other data than .*train holds now"):
-        begin(run, tiny_config(), Data("xyz"))
+        begin(run, tiny_config(), Data("xyz"), {})
 
 
 def test_without_a_checkpoint_there_is_nothing_to_be_true_to(tmp_path, tiny_config):
     run = tmp_path / "run"
-    begin(run, tiny_config(), Data())
-    begin(run, tiny_config("optim.lr=0.5"), Data("xyz"))
+    begin(run, tiny_config(), Data(), {})
+    begin(run, tiny_config("optim.lr=0.5"), Data("xyz"), {})
     assert "lr: 0.5" in (run / "config.yaml").read_text()
     assert json.loads((run / "versions.json").read_text())["data"] == "xyz"
 
@@ -127,7 +127,7 @@ def test_a_process_killed_while_it_begins_a_run_leaves_one_that_can_be_begun(tmp
     run.mkdir()
     (run / "versions.json").write_text("{")
     (run / "config.yaml.tmp").write_text("out:")
-    begin(run, tiny_config(), Data())
+    begin(run, tiny_config(), Data(), {})
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "versions.json"]
 
 
@@ -136,32 +136,32 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, tiny_config):
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files but no run"):
-        begin(run, tiny_config(), Data())
+        begin(run, tiny_config(), Data(), {})
     assert [path.name for path in run.iterdir()] == ["thesis.txt"]
 
 
 def test_a_file_is_no_run_folder(tmp_path, tiny_config):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="run is a file"):
-        begin(tmp_path / "run", tiny_config(), Data())
+        begin(tmp_path / "run", tiny_config(), Data(), {})
 
 
 def test_another_number_of_threads_is_said(run, tiny_config, capsys):
     facts = json.loads((run / "versions.json").read_text())
     (run / "versions.json").write_text(json.dumps(facts | {"threads": 77}))
-    begin(run, tiny_config(), Data())
+    begin(run, tiny_config(), Data(), {})
     assert "began with 77 threads" in capsys.readouterr().err
 
 
 def test_what_a_later_start_ran_on_is_said_and_written_down(run, tiny_config, capsys, monkeypatch):
     facts = json.loads((run / "versions.json").read_text())
     assert facts["processes"] == 1
-    begin(run, tiny_config(), Data())
+    begin(run, tiny_config(), Data(), {})
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("WORLD_SIZE", "4")
     (run / "versions.json").write_text(json.dumps(facts | {"torch": "1.0", "threads": 77}))
     for _ in range(2):
-        begin(run, tiny_config(), Data())
+        begin(run, tiny_config(), Data(), {})
         told = capsys.readouterr().err
         assert f"this run began with torch 1.0 (now {facts['torch']}), processes 1 (now 4), threads 77 (now " in told
     now = {"torch": facts["torch"], "processes": 4, "threads": facts["threads"]}

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.store import load
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share
 
@@ -12,8 +13,9 @@ NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has 
 
 
 def continue_from(model: nn.Module, source: str, tokenizer) -> None:
-    """Fill `model` with the weights of `source` (whatever `load` takes); image positions are resized, slots are kept.
+    """Fill `model` with the weights of `source` (whatever `load` takes), and let it see pictures as that did.
 
+    Image positions are resized, slots are kept.
     Raises ValueError where the two are not built alike, or where the tokenizer is not the one of `source`.
     """
     loaded = load(source)
@@ -29,6 +31,7 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
         if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
             raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
+    see_pictures_as(model, preprocessing_of(loaded.model))
 
 
 def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:

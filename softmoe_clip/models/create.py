@@ -19,6 +19,9 @@ NEW_MODEL_PREPROCESS = {
     "resize_mode": "squash",
 }
 
+# What of a model's preprocessing does not depend on its resolution.
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
 # The key of text_cfg that asks for our text tower; open_clip refuses a file that has it, rather than misread it.
 OUR_TEXT = "softmoe_text"
 # What open_clip builds, for a moment, where our text tower goes.
@@ -122,7 +125,6 @@ def read_json(path: str | Path) -> dict:
 
 def build(written: dict, output_dict: bool = True, source: str = "the model config") -> nn.Module:
     """Build the model that the content of an `open_clip_config.json` describes, with fresh weights."""
-    import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     import softmoe_clip.plugin  # noqa: F401  makes our towers known to timm
@@ -135,9 +137,21 @@ def build(written: dict, output_dict: bool = True, source: str = "the model conf
     if "text_moe" in moe:
         install(model.text, MoEConfig(**moe["text_moe"]))
     check_image_size(model.visual, source)
-    preprocess = merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"])
-    open_clip.set_model_preprocess_cfg(model, preprocess | {"size": model.visual.image_size})
+    see_pictures_as(model, merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]))
     return model
+
+
+def see_pictures_as(model: nn.Module, preprocess: dict) -> None:
+    """Tell a model how pictures are prepared for it, at its own resolution; what `preprocess` leaves out stays."""
+    import open_clip
+
+    before = getattr(model.visual, "preprocess_cfg", {})
+    open_clip.set_model_preprocess_cfg(model, before | preprocess | {"size": model.visual.image_size})
+
+
+def preprocessing_of(model: nn.Module) -> dict:
+    """Return how pictures are prepared for a model, its resolution aside."""
+    return {key: value for key, value in model.visual.preprocess_cfg.items() if key in PREPROCESSING}
 
 
 def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str) -> nn.Module:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
 from softmoe_clip.models.comparison import check_finite, embedded, pairs_to_compare
-from softmoe_clip.models.create import build
+from softmoe_clip.models.create import build, preprocessing_of
 from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of, without_downloads
 from softmoe_clip.moe.install import tower_blocks, tower_label
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
 MOST_BLOCKS = 10_000
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 class Change(NamedTuple):
@@ -154,8 +153,7 @@ def with_config(loaded: LoadedModel, source: str) -> LoadedModel:
     # Not in the architecture: some tags bring it along.
     if any(isinstance(module, QuickGELU) for module in loaded.model.modules()):
         model_cfg["quick_gelu"] = True
-    preprocess_cfg = {key: value for key, value in loaded.preprocess_cfg.items() if key in PREPROCESSING}
-    return loaded._replace(config={"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    return loaded._replace(config={"model_cfg": model_cfg, "preprocess_cfg": preprocessing_of(loaded.model)})
 
 
 def with_text_module(loaded: LoadedModel) -> LoadedModel:

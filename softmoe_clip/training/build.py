@@ -1,6 +1,7 @@
 """From a run's config to a model with fresh weights, its tokenizer and its transform."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,13 @@ from softmoe_clip.data_pipelines.tokenizers import (
 )
 from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
-from softmoe_clip.models.create import architecture, create_model, folder_config
+from softmoe_clip.models.create import (
+    architecture,
+    create_model,
+    folder_config,
+    preprocessing_of,
+    see_pictures_as,
+)
 from softmoe_clip.models.store import LoadedModel, transform_of
 from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.moe.expert_parallel import ExpertGroup, spread_over
@@ -28,13 +35,14 @@ from softmoe_clip.training.branch import branch_point
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.lora import add_adapters
 from softmoe_clip.training.losses import LOGIT_BIAS_START, LOGIT_SCALE_START
+from softmoe_clip.training.run_folder import seen_by_run
 
 
-def build(config: TrainConfig, group: ExpertGroup | None = None, resumes: bool = False) -> LoadedModel:
+def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | None = None) -> LoadedModel:
     """Create the model of a run, frozen where it says so; the same seed (or `init`) gives the same weights.
 
-    With a group of processes, each of them holds its share of these weights' experts. Where a run resumes, a checkpoint
-    will give the weights, and `init` may be gone.
+    With a group of processes, each of them holds its share of these weights' experts. A run that goes on is in the
+    folder `begun`: a checkpoint will give the weights, and `init` may be gone.
     """
     text_cfg = architecture(config.model)["text_cfg"]
     tokenizer = run_tokenizer(config.tokenizer, text_cfg)
@@ -46,14 +54,18 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, resumes: bool =
     torch.manual_seed(config.seed)
     with spread_over(group):
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
-    needed = not resumes or config.data.image_features is not None  # which are compared with the trunk's own
-    if config.init is not None and needed and branch_point(config) is None:
+    trunk = branch_point(config)
+    needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
+    if config.init is not None and needed and trunk is None:
         continue_from(model, config.init, tokenizer)
+    if begun is not None or trunk is not None:
+        see_pictures_as(model, seen_by_run(trunk.parent.parent if begun is None else begun))
     if config.lora is None:
         freeze(model, config.freeze)
     else:
         add_adapters(model, config.lora, config.freeze, config.seed)
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
+    written["preprocess_cfg"] |= preprocessing_of(model)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 
 

@@ -14,6 +14,7 @@ from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.ledger import append_replaced, cut_back_ledger, read_ledger
 from softmoe_clip.data_pipelines.progress import progress, quietly
 from softmoe_clip.data_pipelines.train_set import statement
+from softmoe_clip.models.create import preprocessing_of
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
@@ -59,14 +60,14 @@ def train(config: TrainConfig) -> Path:
             say(f"{place} is finished ({newest_step(run)} steps); nothing to do. Its model is {place}/model.")
         return run
 
-    setup = set_up(config, accelerator, resumes=newest_step(run) > 0)
+    setup = set_up(config, accelerator, begun=run if newest_step(run) > 0 else None)
     shards, loaded, towers, mesh = setup.shards, setup.loaded, setup.towers, setup.mesh
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
     scaler = accelerator.scaler  # of fp16 alone
     warn = say if is_main else lambda text: None
     branched = branch_off(config, towers, optimizer, ema, scaler, warn) if newest_step(run) == 0 else None
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
-        begin(run, config, shards)
+        begin(run, config, shards, preprocessing_of(towers))
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
         if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
             (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))

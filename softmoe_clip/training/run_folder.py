@@ -31,8 +31,11 @@ def as_tree(config: TrainConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def begin(run: Path, config: TrainConfig, shards) -> None:
-    """Write config.yaml and what else reproduces the run, or check that the run there is this one."""
+def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
+    """Write config.yaml and what else reproduces the run, or check that the run there is this one.
+
+    `preprocess` is how pictures are prepared for its model: that of `init`, which may be gone when the run goes on.
+    """
     saved, temporary = run / "config.yaml", run / "config.yaml.tmp"
     # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
     before_config = {"versions.json", "versions.json.tmp", temporary.name}
@@ -50,11 +53,18 @@ def begin(run: Path, config: TrainConfig, shards) -> None:
         note_changes(run, facts, now)
     else:
         begun = {"begun": datetime.now(UTC).isoformat()}  # tells this run from an earlier one at the same URL
-        facts = now | begun | {"data": shards.fingerprint(), "pairs": len(shards), "inputs": inputs}
+        data = {"data": shards.fingerprint(), "pairs": len(shards), "preprocess_cfg": preprocess}
+        facts = now | begun | data | {"inputs": inputs}
     run.mkdir(parents=True, exist_ok=True)
     write_facts(run, facts)
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
     temporary.rename(saved)
+
+
+def seen_by_run(run: Path) -> dict:
+    """Return how pictures are prepared for the model of a run; runs from before that was written down had the usual."""
+    file = run / "versions.json"
+    return json.loads(file.read_text()).get("preprocess_cfg", {}) if file.exists() else {}
 
 
 def write_facts(run: Path, facts: dict) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -41,8 +42,8 @@ class Setup(NamedTuple):
     ema: Ema | None
 
 
-def set_up(config: TrainConfig, accelerator, resumes: bool = False) -> Setup:
-    """Open the data and build the model and all that trains it; nothing is written. `resumes` is as in `build`.
+def set_up(config: TrainConfig, accelerator, begun: Path | None = None) -> Setup:
+    """Open the data and build the model and all that trains it; nothing is written. `begun` is as in `build`.
 
     Raises ValueError, one sentence, where config, data, model and number of processes do not go together.
     """
@@ -54,7 +55,7 @@ def set_up(config: TrainConfig, accelerator, resumes: bool = False) -> Setup:
     check_batch_size(config.batch_size, num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
     mesh = make_mesh(config.expert_parallel, num_processes, device)
-    loaded = build(config, None if mesh is None else mesh.row, resumes)
+    loaded = build(config, None if mesh is None else mesh.row, begun)
     check_spread(loaded.model, config.expert_parallel)
     picture = run_picture(config, loaded, shards)
     check_chunk_size(config.chunk_size, loaded.model)
