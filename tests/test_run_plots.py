@@ -177,6 +177,15 @@ def test_the_mean_over_a_window_keeps_a_line_and_its_ends():
     np.testing.assert_allclose(window_mean(noisy), expected)
 
 
+def test_ticks_of_a_curve_that_hardly_moves_are_told_apart(tmp_path):
+    series = read_runs([write_run(tmp_path / "run", num_steps=1)], "step")
+    steps = np.arange(5.0)
+    series[0].curves["scale"] = steps, 12 - steps * 3e-4
+    [axes] = figure_of(series, ["scale"], "step").axes
+    labels = [axes.yaxis.get_major_formatter()(y, 0) for y in axes.get_yticks()]
+    assert len(set(labels)) == len(labels)
+
+
 def test_a_long_name_keeps_both_its_ends():
     assert shortened("a_short_name") == "a_short_name"
     long = shortened("softmoe_vit_small_patch16_lr0.0003_seed1")
