@@ -144,6 +144,18 @@ def test_a_run_is_named_by_what_tells_it_from_the_others(folders, names):
     assert short_names([Path(folder) for folder in folders]) == names
 
 
+def test_a_run_at_a_url_is_drawn_as_one_in_a_folder(runs, tmp_path):
+    url = f"file://{tmp_path}/b/run"
+    assert [series.name for series in read_runs([runs[0], url], "step")] == ["a", "b"]
+    np.testing.assert_array_equal(
+        read_runs([url], "minutes")[0].curves["loss"], read_runs([runs[1]], "minutes")[0].curves["loss"]
+    )
+    with pytest.raises(ValueError, match=f"^file://{tmp_path}/none holds no run: there is no metrics.jsonl$"):
+        read_runs([f"file://{tmp_path}/none"], "step")
+    with pytest.raises(ValueError, match=r"^nope://x cannot be read: "):
+        read_runs(["nope://x"], "step")
+
+
 def test_a_run_that_is_named_twice_is_drawn_once(runs):
     assert [run.name for run in read_runs([runs[0], runs[1], runs[0] / "../run"], "step")] == ["a", "b"]
 
