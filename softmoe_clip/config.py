@@ -152,6 +152,10 @@ class EvalConfig:
     every: int = 0
     suite: str | None = None
 
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"eval.every must be 0 or more, got {self.every}")
+
 
 # What Accelerate knows; each but tensorboard is a package of its own.
 Tracker = Literal["tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
@@ -212,12 +216,13 @@ class TrainConfig:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
+        for name in ("keep_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every must be a multiple of checkpoint_every, got {self.keep_every} and {self.checkpoint_every}"
             )
-        if self.keep_every < 0:
-            raise ValueError(f"keep_every must be 0 or more, got {self.keep_every}")
         if self.out.startswith(("http://", "https://")) or ("://" in self.out and "::" in self.out):
             raise ValueError(f"out: {self.out} cannot be written: give a folder, or a URL such as s3://bucket/run")
         if self.working_folder is not None and "://" not in self.out:

@@ -34,17 +34,22 @@ class OptimConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)
     image_layer_decay: float | None = None
     text_layer_decay: float | None = None
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of all gradients together; 0: none is clipped
     schedule: Literal["cosine", "rsqrt", "constant"] = "cosine"
     warmup: int = 100
     cooldown: int = 0  # linear, to zero, over the last steps (rsqrt and constant)
     timescale: int = 10_000  # of rsqrt, in steps
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if min(self.warmup, self.cooldown) < 0 or self.timescale < 1:
-            raise ValueError(f"optim.warmup and optim.cooldown count steps from 0, timescale from 1, got {self}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        if not self.clip_norm >= 0:
+            raise ValueError(f"optim.clip_norm must be 0, for no clipping, or more; got {self.clip_norm}")
+        self.check_schedule()
+        for pattern, decay in self.weight_decay.items():
+            if not 0 <= decay < math.inf:
+                raise ValueError(f"optim.weight_decay must be 0 or more, got {decay} for {pattern!r}")
+        check_expressions("optim.weight_decay", [*self.weight_decay])
         for pattern, factor in self.lr_scale.items():
             if not 0 < factor < math.inf:
                 raise ValueError(
@@ -58,10 +63,29 @@ class OptimConfig:
                 raise ValueError(f"optim.{tower}_layer_decay must be above 0 and at most 1, got {decay}")
         self.check_options()
 
+    def check_schedule(self) -> None:
+        """Refuse numbers of steps that are none, and those that the schedule would not look at."""
+        if min(self.warmup, self.cooldown) < 0 or self.timescale < 1:
+            raise ValueError(
+                "optim.warmup and optim.cooldown count steps from 0, timescale from 1, "
+                f"got {self.warmup}, {self.cooldown} and {self.timescale}"
+            )
+        if self.schedule == "cosine" and self.cooldown:
+            raise ValueError(
+                f"optim.cooldown={self.cooldown} is for the schedules rsqrt and constant: cosine falls to 0 by itself"
+            )
+        if self.schedule != "rsqrt" and self.timescale != OptimConfig.timescale:
+            raise ValueError(f"optim.timescale={self.timescale} is for the schedule rsqrt, not {self.schedule}")
+
     def check_options(self) -> None:
-        """Refuse an option that has a setting of its own, and adamw's settings for another optimizer."""
+        """Refuse an option that has a setting of its own, and adamw's settings where wrong or for another optimizer."""
         own = {"lr": "lr", "weight_decay": "weight_decay"}
         if self.name == "adamw":
+            if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps >= 0):
+                raise ValueError(
+                    "optim.beta1 and optim.beta2 are 0 or more and below 1, optim.eps is 0 or more, "
+                    f"got {self.beta1}, {self.beta2} and {self.eps}"
+                )
             own |= {"betas": "beta1 and optim.beta2", "eps": "eps", "fused": "name, since adamw is always fused"}
         for option in own.keys() & self.options.keys():
             raise ValueError(f"optim.options.{option} has a setting of its own: optim.{own[option]}")
@@ -70,8 +94,8 @@ class OptimConfig:
                 value = getattr(self, setting.name)
                 if value != setting.default:
                     raise ValueError(
-                        f"optim.{setting.name}={value} is a setting of adamw, not of {self.name}: give {self.name} "
-                        "its own in optim.options"
+                        f"optim.{setting.name}={value} is a setting of adamw, not of {self.name}: set it back to "
+                        f"{setting.default}, and give {self.name} its own in optim.options"
                     )
 
 

@@ -177,6 +177,12 @@ def test_what_is_kept_for_good_must_be_written_at_all(tiny_config):
             tiny_config(*wrong)
 
 
+@pytest.mark.parametrize("setting", ["checkpoint_every", "eval.every"])
+def test_an_interval_below_zero_is_refused(tiny_config, setting):
+    with pytest.raises(ValueError, match=rf"{setting} must be 0 or more, got -5"):
+        tiny_config(f"{setting}=-5")
+
+
 def test_a_checkpoint_that_stands_there_already_is_replaced(tmp_path):
     saved(tmp_path, 2)
     model, optimizer = a_model(seed=7)

@@ -254,6 +254,14 @@ def test_what_a_rehearsal_refuses():
         ({"lr_scale": {"(": 1.0}}, r"optim\.lr_scale: '\(' is no regular expression"),
         ({"lr_scale": {"visual": 0.1}}, r"optim\.lr_scale: 'visual' is found in no parameter name"),
         ({"image_layer_decay": 1.5}, r"optim\.image_layer_decay must be above 0 and at most 1, got 1\.5"),
+        ({"name": "lion", "beta2": 0.98}, r"set it back to 0\.999, and give lion its own in optim\.options"),
+        ({"beta2": 1.5}, r"optim\.beta1 and optim\.beta2 are 0 or more and below 1, .* got 0\.9, 1\.5 and 1e-08"),
+        ({"weight_decay": {"(": 0.1}}, r"optim\.weight_decay: '\(' is no regular expression"),
+        ({"weight_decay": {".*": -0.1}}, r"optim\.weight_decay must be 0 or more, got -0\.1 for '\.\*'"),
+        ({"lr": float("nan")}, r"optim\.lr must be above 0, got nan"),
+        ({"clip_norm": -1.0}, r"optim\.clip_norm must be 0, for no clipping, or more; got -1\.0"),
+        ({"schedule": "cosine", "cooldown": 5}, r"optim\.cooldown=5 is for the schedules rsqrt and constant: cosine"),
+        ({"schedule": "constant", "timescale": 5}, r"optim\.timescale=5 is for the schedule rsqrt, not constant"),
     ],
 )
 def test_a_mistake_is_one_sentence(settings, told):

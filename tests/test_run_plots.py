@@ -144,6 +144,18 @@ def test_a_run_is_named_by_what_tells_it_from_the_others(folders, names):
     assert short_names([Path(folder) for folder in folders]) == names
 
 
+def test_a_run_at_a_url_is_drawn_as_one_in_a_folder(runs, tmp_path):
+    url = f"file://{tmp_path}/b/run"
+    assert [series.name for series in read_runs([runs[0], url], "step")] == ["a", "b"]
+    np.testing.assert_array_equal(
+        read_runs([url], "minutes")[0].curves["loss"], read_runs([runs[1]], "minutes")[0].curves["loss"]
+    )
+    with pytest.raises(ValueError, match=f"^file://{tmp_path}/none holds no run: there is no metrics.jsonl$"):
+        read_runs([f"file://{tmp_path}/none"], "step")
+    with pytest.raises(ValueError, match=r"^nope://x cannot be read: "):
+        read_runs(["nope://x"], "step")
+
+
 def test_a_run_that_is_named_twice_is_drawn_once(runs):
     assert [run.name for run in read_runs([runs[0], runs[1], runs[0] / "../run"], "step")] == ["a", "b"]
 
@@ -175,6 +187,15 @@ def test_the_mean_over_a_window_keeps_a_line_and_its_ends():
     noisy = np.random.default_rng(0).normal(size=200)
     expected = [noisy[max(0, i - 4) : i + 5].mean() for i in range(200)]
     np.testing.assert_allclose(window_mean(noisy), expected)
+
+
+def test_ticks_of_a_curve_that_hardly_moves_are_told_apart(tmp_path):
+    series = read_runs([write_run(tmp_path / "run", num_steps=1)], "step")
+    steps = np.arange(5.0)
+    series[0].curves["scale"] = steps, 12 - steps * 3e-4
+    [axes] = figure_of(series, ["scale"], "step").axes
+    labels = [axes.yaxis.get_major_formatter()(y, 0) for y in axes.get_yticks()]
+    assert len(set(labels)) == len(labels)
 
 
 def test_a_long_name_keeps_both_its_ends():

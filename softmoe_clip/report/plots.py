@@ -1,6 +1,7 @@
 """Charts as inline SVG in the report's own style: their colours are CSS variables, so they follow light and dark."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -86,7 +87,13 @@ def tidy_axes(axes, unit: str, num_ticks: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: thousands(step)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: (f"{y:.3g}" if y < 1000 else thousands(y)) + unit))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: height_in_words(y, *axes.get_ylim()) + unit))
+
+
+def height_in_words(y: float, low: float, high: float) -> str:
+    """Write a tick of an axis in three digits, or in as many as tell it from its neighbours."""
+    narrow = max(abs(low), abs(high)) / max(high - low, 1e-30)
+    return f"{y:.{max(3, math.ceil(math.log10(max(narrow, 1)) + 2))}g}" if y < 1000 else thousands(y)
 
 
 def thousands(step: float) -> str:

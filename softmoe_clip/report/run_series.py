@@ -28,33 +28,53 @@ class RunSeries(NamedTuple):
 
 
 def read_runs(folders: Sequence[str | Path], x: XAxis) -> list[RunSeries]:
-    """Read the curves of each run folder, named by the part that tells it from the others.
+    """Read the curves of each run, named by the part that tells it from the others.
 
-    Raises ValueError for a folder without a run, and for one that has not logged anything yet.
+    Raises ValueError for a place without a run, and for one that has not logged anything yet.
     """
-    places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    given = {Path(folder).resolve(): folder for folder in reversed(folders)}
-    lines = [read_metrics(Path(given[place])) for place in places]
+    places = list(dict.fromkeys(map(place_of, folders)))
+    given = {place_of(folder): folder for folder in reversed(folders)}
+    lines = [read_metrics(given[place]) for place in places]
     return [
         RunSeries(name, curves(found, x, given[place]))
         for name, found, place in zip(short_names(places), lines, places, strict=True)
     ]
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """Read metrics.jsonl; a damaged line is left out and told."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        inside = sorted(path.parent for path in run.glob("*/metrics.jsonl"))
-        hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise ValueError(f"{run} holds no run: there is no metrics.jsonl{hint}")
-    texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+def place_of(run: str | Path) -> Path:
+    """Return what tells a run from others and gives it its name; that of a URL is no path to open."""
+    return Path(run) if "://" in str(run) else Path(run).resolve()
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """Read metrics.jsonl in a folder or at a URL; a damaged line is left out and told."""
+    file = f"{str(run).rstrip('/')}/metrics.jsonl"
+    texts = text_of(file, run).splitlines()
     entries = [entry for entry in map(line_of, texts) if entry is not None]
     if len(entries) < len(texts):
         print(f"{file}: {len(texts) - len(entries)} damaged line(s) left out", file=sys.stderr)
     if not entries:
         raise ValueError(f"{file} has no numbers yet")
     return sorted(entries, key=lambda entry: entry["step"])
+
+
+def text_of(file: str, run: str | Path) -> str:
+    """Return what is written in a file or at a URL; ValueError where there is no such thing."""
+    if "://" not in file:
+        if not Path(file).exists():
+            inside = sorted(path.parent for path in Path(run).glob("*/metrics.jsonl"))
+            hint = f"; did you mean {inside[0]}?" if inside else ""
+            raise ValueError(f"{run} holds no run: there is no metrics.jsonl{hint}")
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8", errors="replace") as opened:
+            return opened.read()
+    except FileNotFoundError:
+        raise ValueError(f"{run} holds no run: there is no metrics.jsonl") from None
+    except (ImportError, ValueError) as error:  # a protocol that is not known, or whose package is missing
+        raise ValueError(f"{run} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def line_of(text: str) -> dict | None:

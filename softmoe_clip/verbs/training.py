@@ -86,7 +86,7 @@ def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()]
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(help="run folders")],
+    runs: Annotated[list[str], typer.Argument(help="runs: folders or URLs")],
     out: Annotated[Path, typer.Option(help="picture to write: .png, .svg or .pdf")] = Path("plot.png"),
     metric: Annotated[
         list[str] | None, typer.Option(help="a metric, or a pattern such as 'eval/*'; again for more; else the usual")
