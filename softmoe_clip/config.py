@@ -94,14 +94,11 @@ class MoEConfig:
                 "capacity_factor must be above 0 and finite, capacity_multiple_of and group_size 1 or more, "
                 f"got {self.capacity_factor}, {self.capacity_multiple_of} and {self.group_size}"
             )
-        weights = {name: getattr(self, name) for name in ("noise_std", "importance_loss", "load_loss", "gshard_loss")}
-        for name, weight in weights.items():
-            if not 0 <= weight < inf:
+        for name in ("noise_std", "importance_loss", "load_loss", "gshard_loss"):
+            if not 0 <= (weight := getattr(self, name)) < inf:
                 raise ValueError(f"{name} must be 0 or more and finite, got {weight}")
         if self.noise_std == 0 and self.load_loss not in (0, MoEConfig.load_loss):
-            raise ValueError(
-                f"load_loss={self.load_loss} does nothing without noise: set noise_std, or leave load_loss out"
-            )
+            raise ValueError(f"load_loss={self.load_loss} does nothing without noise: set noise_std, or leave it out")
 
 
 @dataclass(frozen=True)
