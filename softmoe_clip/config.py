@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class MoEConfig:
                 "a Soft MoE layer needs at least one expert and one slot, "
                 f"got num_experts={self.num_experts}, slots_per_expert={self.slots_per_expert}"
             )
-        is_block_list = not isinstance(self.layers, str) and all(isinstance(i, int) for i in self.layers)
+        is_block_list = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
         if self.layers != "last_half" and not is_block_list:
             raise ValueError(f"layers must be last_half or a list of blocks such as [3, 4, 5], got {self.layers!r}")
         if self.router not in ROUTER_SETTINGS:
@@ -88,12 +89,16 @@ class MoEConfig:
                 raise ValueError(f"the router {self.router} has no use for {setting.name}={value!r}: leave it out")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and the {self.num_experts} experts, got {self.top_k}")
-        if self.capacity_factor <= 0 or min(self.capacity_multiple_of, self.group_size) < 1:
+        if not 0 < self.capacity_factor < inf or min(self.capacity_multiple_of, self.group_size) < 1:
             raise ValueError(
-                f"capacity_factor must be above 0, capacity_multiple_of and group_size 1 or more, got {self}"
+                "capacity_factor must be above 0 and finite, capacity_multiple_of and group_size 1 or more, "
+                f"got {self.capacity_factor}, {self.capacity_multiple_of} and {self.group_size}"
             )
-        if min(self.noise_std, self.importance_loss, self.load_loss, self.gshard_loss) < 0:
-            raise ValueError(f"noise_std and the weights of the auxiliary losses must be 0 or more, got {self}")
+        for name in ("noise_std", "importance_loss", "load_loss", "gshard_loss"):
+            if not 0 <= (weight := getattr(self, name)) < inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {weight}")
+        if self.noise_std == 0 and self.load_loss not in (0, MoEConfig.load_loss):
+            raise ValueError(f"load_loss={self.load_loss} does nothing without noise: set noise_std, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,13 @@ def test_a_tower_gets_the_layer_its_config_describes(loaded):
         ({"router": "tokens_choice", "top_k": 33}, "top_k must be between 1 and the 32 experts, got 33"),
         ({"router": "tokens_choice", "capacity_factor": 0.0}, "capacity_factor must be above 0"),
         ({"router": "tokens_choice", "group_size": 0}, "group_size 1 or more"),
-        ({"router": "tokens_choice", "load_loss": -1.0}, "must be 0 or more"),
+        ({"router": "tokens_choice", "capacity_factor": float("inf")}, "above 0 and finite.*got inf, 4 and 1$"),
+        ({"router": "tokens_choice", "capacity_factor": float("nan")}, "above 0 and finite.*got nan"),
+        ({"router": "tokens_choice", "load_loss": -1.0}, "load_loss must be 0 or more and finite, got -1.0"),
+        ({"router": "tokens_choice", "noise_std": float("nan")}, "noise_std must be 0 or more and finite, got nan"),
+        ({"router": "tokens_choice", "load_loss": 0.1}, "load_loss=0.1 does nothing without noise"),
+        ({"layers": 3}, "layers must be last_half or a list of blocks such as .*, got 3"),
+        ({"layers": [True]}, "layers must be last_half or a list of blocks such as .*, got .True."),
     ],
 )
 def test_a_setting_that_does_not_fit_the_router_is_refused(settings, message):
@@ -115,6 +121,24 @@ def test_too_few_slots_are_refused_before_anything_changes(config, message):
     timm_tower = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)  # 16 patches, one class token
     with pytest.raises(ValueError, match=message):
         install(timm_tower, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"slots_per_expert": 10**6, "num_experts": 1},
+        {"router": "tokens_choice", "num_experts": 1, "capacity_factor": 1e5},
+        {"router": "experts_choice", "num_experts": 1, "capacity_multiple_of": 10**6},
+    ],
+)
+def test_slots_whose_contents_do_not_fit_into_memory_are_refused_before_anything_changes(settings, monkeypatch):
+    # Their weights would fit (a million slots of width 24 at most), what goes through them would not.
+    monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: 150 * 2**20)
+    tower = native_tower()
+    before = str(tower)
+    with pytest.raises(ValueError, match=r"the 1,\d+,\d+ slots of 1 experts need .* GiB for one picture, or one group"):
+        install(tower, MoEConfig(**settings))
+    assert str(tower) == before
 
 
 def test_a_larger_group_may_have_the_capacity_that_one_image_lacks():

@@ -58,14 +58,26 @@ def test_a_greedy_soup_keeps_only_what_helps(models, tmp_path):
 def test_mistakes_are_named_and_nothing_is_written(models, softmoe_clip, tmp_path):
     for arguments, message in (
         ([models[0], tmp_path / "out"], "two models or more"),
-        ([*models[:2], tmp_path / "out", "--weights", "1"], "one weight for each of the 2 models"),
+        ([*models[:2], tmp_path / "out", "--weights", "1"], "one finite weight for each of the 2 models"),
         ([*models[:2], tmp_path / "out", "--weights", "1,x"], "numbers with commas"),
+        ([*models[:2], tmp_path / "out", "--weights", "1,nan"], "finite"),
+        ([*models[:2], tmp_path / "out", "--weights", "1,inf"], "finite"),
+        ([*models[:2], tmp_path / "out", "--metric", "recall"], "--metric is for --suite"),
+        ([*models[:2], tmp_path / "out", "--suite", "s.yaml", "--weights", "1,1"], "--weights or --suite, not both"),
         ([models[0], tmp_path / "gone", tmp_path / "out"], "no model at"),
     ):
         done = softmoe_clip("soup", *arguments)
         assert done.returncode == 2
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_a_forgotten_out_does_not_cost_the_last_model(models, softmoe_clip):
+    before = weights(models[2])
+    done = softmoe_clip("soup", *models)
+    assert done.returncode == 2
+    assert "exists and is not empty" in done.stderr
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(models[2]).items())
 
 
 def test_the_command_writes_a_model_that_loads(models, softmoe_clip, tmp_path):

@@ -1,11 +1,13 @@
 """Average the weights of models that share a start (Wortsman et al., 2022, arXiv 2203.05482; WiSE-FT, 2109.01903)."""
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from softmoe_clip.data_pipelines.new_folder import refuse_existing
 from softmoe_clip.models.store import LoadedModel, load, save
 
 State = dict[str, Tensor]
@@ -14,12 +16,16 @@ State = dict[str, Tensor]
 def soup(models: Sequence[str], out: str | Path, weights: Sequence[float] | None = None) -> Path:
     """Write the weighted mean of models to OUT; without weights, all count the same.
 
-    Weights are divided by their sum. Raises ValueError for models that are not built alike.
+    Weights are divided by their sum. Raises ValueError for models that are not built alike, and for an OUT that holds
+    something: it may be a model, where OUT was forgotten.
     """
-    loaded = loaded_alike(models)
+    refuse_existing(out)
     shares = [1.0] * len(models) if weights is None else list(weights)
-    if len(shares) != len(models) or sum(shares) == 0:
-        raise ValueError(f"soup needs one weight for each of the {len(models)} models, not all zero; got {shares}")
+    if len(shares) != len(models) or not isfinite(total := sum(shares)) or total == 0:
+        raise ValueError(
+            f"soup needs one finite weight for each of the {len(models)} models, with a sum that is not 0; got {shares}"
+        )
+    loaded = loaded_alike(models)
     mixture = loaded[0]
     mixture.model.load_state_dict(mean([one.model.state_dict() for one in loaded], shares))
     save(mixture, out)
@@ -28,6 +34,7 @@ def soup(models: Sequence[str], out: str | Path, weights: Sequence[float] | None
 
 def greedy_soup(models: Sequence[str], out: str | Path, score: Callable[[LoadedModel], float]) -> list[str]:
     """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it."""
+    refuse_existing(out)
     loaded = loaded_alike(models)
     scores = [score(one) for one in loaded]
     first, *others = sorted(range(len(models)), key=lambda i: -scores[i])

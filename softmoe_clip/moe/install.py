@@ -27,6 +27,7 @@ LAYERS = {
     "sinkhorn": SinkhornMoE,
     "base": BaseMoE,
 }
+PER_PASS = " for one picture, or one group of them"
 # The layer's names of the losses, and the settings that weigh them.
 AUX_LOSSES = {"importance": "importance_loss", "load": "load_loss", "gshard": "gshard_loss"}
 
@@ -65,7 +66,7 @@ def new_layer(config: MoEConfig, width: int, hidden: int) -> nn.Module:
 
 
 def check_tokens(layer: nn.Module, tower: nn.Module) -> None:
-    """Refuse a capacity below one, or too few slots, here: a run would meet them at its first step, half written."""
+    """Refuse a capacity below one, too few slots or too many, here: a run would meet them at its first step."""
     trunk = getattr(tower, "trunk", tower)
     if hasattr(trunk, "num_prefix_tokens"):
         num_tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
@@ -73,10 +74,16 @@ def check_tokens(layer: nn.Module, tower: nn.Module) -> None:
         num_tokens = trunk.grid_size[0] * trunk.grid_size[1] + 1
     else:
         return
+    num_experts, (_, d, f) = layer.experts.num_experts, layer.experts.w_in.shape
     if isinstance(layer, SparseMoE):
-        layer.num_slots(num_tokens * layer.group_size)
+        num_tokens *= layer.group_size
+        num_slots = num_experts * layer.num_slots(num_tokens)
+    else:
+        num_slots = num_experts * layer.slots[1]
     if isinstance(layer, IdentityMoE):
         layer.check_tokens(num_tokens)
+    # What every forward pass holds of one picture, or one routing group: weights, slots, and hidden numbers of each.
+    check_memory(num_slots * (num_tokens + d + f), f"the {num_slots:,} slots of {num_experts:,} experts", PER_PASS)
 
 
 def tower_blocks(tower: nn.Module) -> list[nn.Module]:

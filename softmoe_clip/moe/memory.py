@@ -10,14 +10,14 @@ FLOAT32 = 4  # bytes
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(num_parameters: int, what: str) -> None:
-    """Raise ValueError where so many new parameters do not fit into this machine's memory; meta tensors always do."""
+def check_memory(num_floats: int, what: str, purpose: str = "") -> None:
+    """Raise ValueError where so many new numbers do not fit into this machine's memory; meta tensors always do."""
     if torch.get_default_device().type != "cpu":
         return
-    need, have = FLOAT32 * num_parameters, machine_memory()
+    need, have = FLOAT32 * num_floats, machine_memory()
     if need > have:
         raise ValueError(
-            f"{what} need {need / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB: "
+            f"{what} need {need / 2**30:,.1f} GiB{purpose}, this machine has {have / 2**30:,.1f} GiB: "
             "take fewer experts, slots or layers"
         )
 

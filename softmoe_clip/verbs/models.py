@@ -60,6 +60,10 @@ def soup(
     from softmoe_clip.models.soup import greedy_soup_by_suite, numbers, soup
 
     *models, out = models_and_out
+    if suite is not None and weights is not None:
+        raise ValueError("soup takes --weights or --suite, not both: greedy soups count all models the same")
+    if suite is None and metric is not None:
+        raise ValueError("--metric is for --suite, which says what to measure: give one, or leave --metric out")
     if suite is None:
         print(soup(models, out, numbers(weights)))
     else:
