@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from softmoe_clip.config import ROUTER_SETTINGS, MoEConfig
 from softmoe_clip.moe.ablations import IdentityMoE, SoftUniformMoE, UniformMoE, UniformSoftMoE
 from softmoe_clip.moe.assignment import BaseMoE, HashMoE, SinkhornMoE
 from softmoe_clip.moe.expert_parallel import num_held
@@ -12,6 +11,7 @@ from softmoe_clip.moe.shared import SharedExpert
 from softmoe_clip.moe.soft import SoftMoE
 from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe.tokens_choice import TokensChoiceMoE
+from softmoe_clip.moe_config import ROUTER_SETTINGS, MoEConfig
 
 # The two linear layers of a block's MLP: timm's names, open_clip's names.
 MLP_LAYERS = (("fc1", "fc2"), ("c_fc", "c_proj"))

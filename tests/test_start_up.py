@@ -1,0 +1,117 @@
+"""How the command line starts: help for every verb, nothing heavy before its time, the user's files no libraries."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+VERBS = (
+    "demo",
+    "pack",
+    "check",
+    "stats",
+    "train-tokenizer",
+    "train",
+    "config",
+    "plot",
+    "eval",
+    "compare",
+    "embed",
+    "index",
+    "search",
+    "summary",
+    "upcycle",
+    "soup",
+    "export-onnx",
+)
+HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_help_lists_every_verb_and_nothing_is_missing_here(softmoe_clip):
+    done = softmoe_clip("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+    assert softmoe_clip().stdout == done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_one_example(softmoe_clip, verb):
+    done = softmoe_clip(verb, "--help")
+    assert done.returncode == 0
+    assert done.stdout.count("Example: ") == 1
+    assert f"Example: softmoe-clip {verb} " in done.stdout
+
+
+LIGHT = """
+import contextlib, io, json, sys
+from softmoe_clip.cli import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["softmoe-clip", *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+    heavy = [name for name in json.loads(sys.argv_heavy) if name in sys.modules]
+    answers.append([arguments, status, heavy])
+print(json.dumps(answers))
+"""
+
+
+def test_help_and_early_mistakes_import_nothing_heavy(tiny_yaml, process_environment):
+    early = [
+        ["--help"],
+        *([verb, "--help"] for verb in VERBS),
+        ["train", str(tiny_yaml), "optim.lrr=0.1"],
+        ["train", "nowhere.yaml"],
+        ["config", str(tiny_yaml), "optim.lrr=0.1"],
+        ["pack", "nowhere", "out"],
+        ["check", "nowhere"],
+        ["stats", "nowhere", "out"],
+        ["unknown-verb"],
+    ]
+    program = LIGHT.replace("sys.argv_heavy", repr(json.dumps(HEAVY)))
+    command = [sys.executable, "-c", program, json.dumps(early)]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment, check=True)
+    for arguments, status, heavy in json.loads(done.stdout):
+        assert status == (0 if "--help" in arguments else 2), arguments
+        assert heavy == [], arguments
+
+
+def test_the_installed_command_and_the_module_answer_alike(process_environment):
+    script = [os.path.join(os.path.dirname(sys.executable), "softmoe-clip")]
+    done = [
+        subprocess.run([*start, "train", "nowhere.yaml"], capture_output=True, text=True, env=process_environment)
+        for start in (script, [sys.executable, "-m", "softmoe_clip"])
+    ]
+    assert done[0].returncode == done[1].returncode == 2
+    assert (
+        done[0].stderr
+        == done[1].stderr
+        == ("softmoe-clip: cannot read the config nowhere.yaml: No such file or directory\n")
+    )
+
+
+def test_files_of_the_user_do_not_pass_for_libraries(working_folder, tiny_yaml, process_environment):
+    for name in ("eval", "random", "torch", "data_pipelines", "configs"):
+        (working_folder / f"{name}.py").write_text("raise SystemExit('imported the wrong file')")
+    script = os.path.join(os.path.dirname(sys.executable), "softmoe-clip")
+    command = [script, "train", str(tiny_yaml), "data.train=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "wrong file" not in done.stderr
