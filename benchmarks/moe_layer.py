@@ -36,7 +36,7 @@ def main() -> None:
     rows = report(options, seconds)
     sizes = {name: getattr(options, name) for name in (*SIZES, "rounds")}
     found = {"machine": machine(device), "torch": torch.__version__, "sizes": sizes, "rows": rows}
-    write_results(options.out, {f"{device} {options.precision}": found})
+    write_results(options.out, {f"{found['machine']}, {options.precision}": found})
 
 
 def read_options() -> argparse.Namespace:

@@ -33,7 +33,7 @@ def main() -> None:
         rows.append({"tower": name, "pictures_per_second": round(rate, 3), "first_is_faster": round(ratio, 3)})
         print(f"{name:32} {rate:10.2f} pictures/s   the first is {ratio:.2f} times as fast")
     found = {"machine": machine(device), "torch": torch.__version__, "images": options.images, "rows": rows}
-    write_results(options.out, {f"{device} {options.precision}": found})
+    write_results(options.out, {f"{found['machine']}, {options.precision}": found})
 
 
 def read_options() -> argparse.Namespace:

@@ -60,6 +60,18 @@ def test_layers_add_up_and_parts_of_a_batch_are_averaged_over_groups(layer, toke
     torch.testing.assert_close(twice.aux_loss(), 2 * whole.aux_loss())
 
 
+def test_processes_average_their_parts_and_experts_are_dead_in_all_together(layer, tokens):
+    layer.noise_std = 0.0
+    sent = []
+    with collect_routing() as whole:
+        layer(tokens)
+    for part in tokens.chunk(2):
+        with collect_routing() as collected:
+            layer(part)
+        found = collected.means(lambda mine: sent.append(mine) or sum(sent) / len(sent))
+    assert found == {name: pytest.approx(values) for name, values in whole.means().items()}
+
+
 def test_a_collector_without_statistics_has_the_losses_alone(layer, tokens):
     with collect_routing(statistics=False) as collected:
         layer(tokens)

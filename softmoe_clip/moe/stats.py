@@ -1,6 +1,6 @@
 """Routing statistics and auxiliary losses, through one explicit collector: a layer reports only while one is open."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import log
 
@@ -34,21 +34,31 @@ class CollectedRouting:
                     total = total + weight * torch.cat([losses[name] for losses in calls]).mean()
         return total
 
-    def means(self) -> dict[str, dict[str, float]]:
-        """Average each statistic of each layer over its calls; experts are dead in all of them together."""
-        found = {}
-        for label, reports in self.reports.items():
-            means = {name: torch.stack([report[name] for report in reports]).mean(0) for name in reports[0]}
-            if (usage := means.pop("usage", None)) is not None:
-                means["dead_experts"] = (usage < DEAD_SHARE / usage.shape[0]).float().mean()
-            found[label] = {name: mean.item() for name, mean in means.items()}
+    def means(self, over: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, dict[str, float]]:
+        """Average each statistic of each layer over its calls; experts are dead in all of them together.
+
+        `over` averages the numbers of all processes, too, in one exchange.
+        """
+        if not self.reports:
+            return {}
+        means = [
+            (label, name, torch.stack([report[name] for report in reports]).mean(0))
+            for label, reports in self.reports.items()
+            for name in reports[0]
+        ]
+        numbers = over(torch.cat([mean.flatten() for _, _, mean in means]))
+        found: dict[str, dict[str, float]] = {label: {} for label in self.reports}
+        for (label, name, _), part in zip(means, numbers.split([mean.numel() for *_, mean in means]), strict=True):
+            if name == "usage":
+                found[label]["dead_experts"] = (part < DEAD_SHARE / len(part)).float().mean().item()
+            else:
+                found[label][name] = part.item()
         return found
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, over: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, float]:
         """Give the same numbers flat, for a log: `routing/<layer>/<statistic>`."""
-        return {
-            f"routing/{label}/{name}": value for label, values in self.means().items() for name, value in values.items()
-        }
+        means = self.means(over)
+        return {f"routing/{label}/{name}": value for label, values in means.items() for name, value in values.items()}
 
 
 @contextmanager
@@ -60,8 +70,8 @@ def collect_routing(statistics: bool = True) -> Iterator[CollectedRouting]:
     `dead_experts` (share of experts whose slots together get less than DEAD_SHARE / e of all combine weights),
     `router_scale`. Sparse ones: `gate_entropy`, `gate_max`, `dropped` (share of tokens that no expert took), `filled`
     (share of slots that hold a token), `load_max`, `load_min` (tokens of the busiest and the idlest expert, 1 is the
-    mean), `dead_experts` (the same of tokens taken), and their losses. Shares are those of this process's
-    part of a batch. Without `statistics` only what `aux_loss` needs is collected.
+    mean), `dead_experts` (the same of tokens taken), and their losses. Without `statistics` only what `aux_loss` needs
+    is collected.
     """
     collected = CollectedRouting(statistics)
     _open.append(collected)

@@ -200,6 +200,8 @@ def train(config: TrainConfig) -> Path:
             if is_main:
                 append_replaced(ledger, replaced, step)
                 advance(1, note=f"loss {loss_value:.3f}")
+            if reports:
+                routing_numbers = routing.summary(partial(over_processes, reduce="mean"))
             if teacher is not None and reports:
                 distill_value = float(over_processes(stepper.loss_function.distill_loss, "mean"))
             if is_main and reports:
@@ -214,7 +216,7 @@ def train(config: TrainConfig) -> Path:
                     "seconds": perf_counter() - begun,
                     "pairs_per_second": pairs_since / (perf_counter() - since),
                     "replaced": num_replaced,
-                    **routing.summary(),
+                    **routing_numbers,
                 }
                 log.write(step, numbers)
                 for line in watch.changes(step, numbers):
