@@ -10,8 +10,6 @@ import pytest
 from forked import start_verb
 
 from softmoe_clip.data_pipelines.ledger import read_ledger
-from softmoe_clip.data_pipelines.shard_writer import ShardWriter
-from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 SPEED = ("pairs_per_second", "seconds")  # what a second run need not repeat
 pytestmark = pytest.mark.slow
@@ -19,20 +17,6 @@ pytestmark = pytest.mark.slow
 LAST_STEP = 150
 SETTINGS = (f"steps={LAST_STEP}", "checkpoint_every=5", "data.num_workers=1")
 WEIGHTS = "model/open_clip_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def damaged_shards(scenes, tmp_path_factory):
-    """Twenty pictures, three of them without a caption."""
-    out = tmp_path_factory.mktemp("damaged") / "shards"
-    good = ShardSet.open(f"{scenes}/train")
-    with ShardWriter(out) as writer:
-        for number in range(20):
-            members = good.read(number).members
-            extension = "png" if "png" in members else "jpg"
-            captions = [] if number % 8 == 1 else members["txt"].decode().splitlines()
-            writer.add(members[extension], extension, captions)
-    return out
 
 
 @pytest.fixture(scope="module")
