@@ -9,7 +9,7 @@ The six settings below were declared before the first run, and all are reported.
 three seeds, at a constant rate after the warm-up, so that a curve may be read off anywhere, and measured on the way.
 Each run has one thread and a process of its own, as many at once as there are cores. Minutes are steps times the
 seconds of a step, taken in interleaved rounds with all cores on the same machine, so that what else it does changes no
-result; at equal minutes a curve is read off between its points. Results go into a JSON and a picture beside this file;
+result; at equal minutes a curve is read off between its points. Results go into a JSON beside this file and a picture in docs;
 runs that are finished are not repeated.
 """
 
@@ -75,7 +75,7 @@ def main() -> None:
     found |= {"seconds_per_step": seconds, "forward_gflops": gflops, "settings": SETTINGS, "curves": rows}
     write_results(options.out, {options.set: found})
     print(table(options.set, rows, seconds, gflops))
-    draw(options.set, rows, seconds, options.out.with_name(f"quality_{options.set}.png"))
+    draw(options.set, rows, seconds, options.pictures / f"quality_{options.set}.png")
 
 
 def read_options() -> argparse.Namespace:
@@ -90,6 +90,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs, each with one thread")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/quality.json")
+    parser.add_argument("--pictures", type=Path, default=Path(__file__).parent.parent / "docs")
     parser.add_argument("--work-on", help=argparse.SUPPRESS)
     parser.add_argument("--train", metavar="SETTING:SEED", help=argparse.SUPPRESS)
     options = parser.parse_args()
