@@ -9,8 +9,8 @@ The six settings below were declared before the first run, and all are reported.
 three seeds, at a constant rate after the warm-up, so that a curve may be read off anywhere, and measured on the way.
 Each run has one thread and a process of its own, as many at once as there are cores. Minutes are steps times the
 seconds of a step, taken in interleaved rounds with all cores on the same machine, so that what else it does changes no
-result; at equal minutes a curve is read off between its points. Results go into a JSON beside this file and a picture in docs;
-runs that are finished are not repeated.
+result; at equal minutes a curve is read off between its points. Results go into a JSON beside this file and a picture
+into docs; runs that are finished are not repeated.
 """
 
 import argparse
