@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import softmoe_clip.plugin  # noqa: F401
 from softmoe_clip.models.store import load
-from softmoe_clip.training import loop
+from softmoe_clip.training import setup
 from softmoe_clip.training.loop import train
 
 WEIGHTS = "model/open_clip_model.safetensors"
@@ -26,12 +26,12 @@ def test_a_run_from_a_model_writes_a_plain_model_that_computes_what_the_adapted_
     start = train(tiny_config(f"out={tmp_path / 'start'}", "steps=1", "optim.warmup=1"))
     kept = []
 
-    def keep(config, group):
+    def keep(config, group, begun):
         kept.append(build_model(config))
         return kept[-1]
 
-    build_model = loop.build
-    monkeypatch.setattr(loop, "build", keep)
+    build_model = setup.build
+    monkeypatch.setattr(setup, "build", keep)
     run = train(tiny_config(targets, f"init={start}", "lora.rank=2", "optim.lr=0.01"))
     written, with_adapters = load(run).model, kept[0].model.eval()
     images, token_ids = torch.randn(3, 3, 32, 32), torch.randint(2, 90, (3, 12))

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from softmoe_clip.models.alike import differences, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.store import load
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share
@@ -25,7 +26,8 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
         theirs = own_share(theirs, model)
     except OtherExperts as error:
         raise ValueError(f"init: {source} is not built as `model` says: {error}") from None
-    check_alike(ours, theirs, source)
+    if different := differences(shapes_of(ours), shapes_of(theirs), NEW_WHERE_MISSING):
+        raise ValueError(f"init: {source} is not built as `model` says: {different}")
     for text in PROBES:
         # Compared after the weights: another vocabulary size has been named by now.
         if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
@@ -53,17 +55,3 @@ def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
     if positions is not None and name in state and state[name].shape != positions.shape:
         grid = trunk.patch_embed.grid_size
         state[name] = resample_abs_pos_embed(state[name], new_size=grid, num_prefix_tokens=trunk.num_prefix_tokens)
-
-
-def check_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], source: str) -> None:
-    """Refuse weights that are missing, too many, or of another shape, naming the first of them."""
-    missing = sorted(ours.keys() - theirs.keys() - NEW_WHERE_MISSING)
-    extra = sorted(theirs.keys() - ours.keys() - NEW_WHERE_MISSING)
-    other = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
-    complaints = [
-        *(f"it has no {name}" for name in missing[:1]),
-        *(f"it has {name} too" for name in extra[:1]),
-        *(f"{name} is {list(theirs[name].shape)} there, {list(ours[name].shape)} here" for name in other[:1]),
-    ]
-    if complaints:
-        raise ValueError(f"init: {source} is not built as `model` says: {'; '.join(complaints)}")

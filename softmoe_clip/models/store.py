@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.models.alike import differences, shapes_in, shapes_of
 from softmoe_clip.models.create import build, read_json
 from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours, refuse_url
 from softmoe_clip.models.written import check_written
@@ -149,7 +150,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     except UnpicklingError:
         raise ValueError(f"{file} holds more than tensors: it could run code, so it is not loaded") from None
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
-        reason = " ".join(str(error).split())[:300]
+        is_ours = file.name == WEIGHTS_FILE
+        different = differences(shapes_of(model.state_dict()), shapes_in(file)) if is_ours else ""
+        reason = different or " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it, or is damaged: {reason}") from None
 
 

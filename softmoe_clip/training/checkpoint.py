@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.models.alike import differences, shapes_of
 from softmoe_clip.models.store import write_tensors
 from softmoe_clip.moe.expert_parallel import OtherExperts, spread_parameters
 from softmoe_clip.training.checksums import check_checksums, write_checksums
@@ -221,10 +222,11 @@ def fill(model: nn.Module, optimizer, state: State, path: Path, scaler: GradScal
         if scaler is not None and state.loss_scale is not None:
             scaler.load_state_dict(state.loss_scale)
     except RuntimeError as error:
-        raise another_model(path, error) from None
+        different = differences(shapes_of(model.state_dict()), shapes_of(state.weights))
+        raise another_model(path, different or error) from None
 
 
-def another_model(path: Path, error: Exception) -> ValueError:
+def another_model(path: Path, error: Exception | str) -> ValueError:
     """Say that a checkpoint is of another model, and in what."""
     return ValueError(
         f"{path} holds another model than the config describes ({' '.join(str(error).split())[:200]}): "
