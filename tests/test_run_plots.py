@@ -198,6 +198,21 @@ def test_ticks_of_a_curve_that_hardly_moves_are_told_apart(tmp_path):
     assert len(set(labels)) == len(labels)
 
 
+def test_runs_that_differ_by_a_rounding_look_alike_and_no_label_leaves_the_picture(tmp_path):
+    runs = read_runs([write_run(tmp_path / name, num_steps=1) for name in ("a", "b")], "step")
+    for number, run in enumerate(runs):
+        for metric, value in (("loss", 2.4643655), ("norm", 0.95616015), ("rate", 0.0123456), ("zero", 0.0)):
+            run.curves[metric] = np.array([3.0]), np.array([value * (1 + number * 1e-7)])
+    figure = figure_of(runs, ["loss", "norm", "rate", "zero"], "step")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        ends = [line.get_ydata()[-1] for line in axes.lines if line.get_marker() == "o"]
+        low, high = axes.get_ylim()
+        assert abs(ends[1] - ends[0]) < 1e-3 * (high - low)
+        for label in axes.get_yticklabels():
+            assert label.get_window_extent().x0 >= 0, label
+
+
 def test_a_long_name_keeps_both_its_ends():
     assert shortened("a_short_name") == "a_short_name"
     long = shortened("softmoe_vit_small_patch16_lr0.0003_seed1")

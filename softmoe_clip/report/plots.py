@@ -79,11 +79,18 @@ def line_chart(
         return as_svg(figure, name, alt)
 
 
+# An axis spans at least this part of its numbers: below it, what a sum in another order changes would look large.
+LEAST_SPAN = 1e-3
+
+
 def tidy_axes(axes, unit: str, num_ticks: int) -> None:
     """Few round ticks, steps written as 1,000 or 20k."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.margins(x=0.01, y=0.08)
+    low, high = axes.get_ylim()
+    if (lacking := LEAST_SPAN * max(abs(low), abs(high)) - (high - low)) > 0:
+        axes.set_ylim(low - lacking / 2, high + lacking / 2)
     axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: thousands(step)))

@@ -31,7 +31,7 @@ TITLES = {
 }
 X_TITLES = {"step": "steps", "samples_seen": "pairs seen", "minutes": "minutes of training"}
 # In CSS pixels, of which there are 72 to matplotlib's inch.
-PANEL, LEFT, TOP, BOTTOM, LINE = (300, 170), 56, 44, 36, 15
+PANEL, LEFT, TOP, BOTTOM, LINE = (300, 170), 68, 44, 36, 15
 HEAD = 26
 LONGEST_NAME = 26
 
