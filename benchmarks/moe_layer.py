@@ -5,9 +5,10 @@
 
 Forward and backward, float32 (or --precision bf16). Every layer lives in a process of its own; they take turns, and
 medians are compared. On Linux without a GPU each is timed twice: in a plain process, and with the allocator's settings
-that `softmoe-clip train` starts with (softmoe_clip/launch.py). soft-mixture-of-experts has no layer of two linears:
-what it puts in its place, a dense first linear and experts for the second one only, is timed. Peers that are not
-installed are left out. Results go into a JSON beside this file.
+that `softmoe-clip train` starts with (softmoe_clip/launch.py). One large matrix product is timed beside them: no layer
+made of matrix products is faster on that machine. soft-mixture-of-experts has no layer of two linears: what it puts in
+its place, a dense first linear and experts for the second one only, is timed. Peers that are not installed are left
+out. Results go into a JSON beside this file.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from machine import machine, write_results
 from turns import PLAIN, TUNED, serve, take_turns
 
 SIZES = {"images": 64, "tokens": 196, "width": 384, "experts": 128, "slots": 1}
-OURS, DENSE = "softmoe-clip", "dense MLP"
+OURS, DENSE, MATMUL = "softmoe-clip", "dense MLP", "one large matmul"
+MATMUL_SIZE = 4096
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = (PLAIN, TUNED) if device == "cpu" and sys.platform == "linux" else (PLAIN,)
-    seconds = take_turns([(name, memory) for name in LAYERS for memory in memories], options.rounds)
+    seconds = take_turns([(name, memory) for name in (*LAYERS, MATMUL) for memory in memories], options.rounds)
     rows = report(options, seconds)
     sizes = {name: getattr(options, name) for name in (*SIZES, "rounds")}
     found = {"machine": machine(device), "torch": torch.__version__, "sizes": sizes, "rows": rows}
@@ -86,15 +88,19 @@ def work(options: argparse.Namespace) -> None:
     """Time one layer, in its own process."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     torch.manual_seed(0)
+    if options.work_on == MATMUL:
+        factors = torch.randn(3, MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
+        serve(lambda: matmul_seconds(*factors))
+        return
     d, e, s = options.width, options.experts, options.slots
     try:
         layer = LAYERS[options.work_on](d, 4 * d, e, s)
     except ImportError as error:
         print(f"{options.work_on} is left out: {error}", file=sys.stderr)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     tokens = torch.randn(options.images, options.tokens, d, device=device, dtype=dtype)
     layer.to(device, dtype)
     serve(lambda: step_seconds(layer, tokens.clone().requires_grad_()))
@@ -102,13 +108,25 @@ def work(options: argparse.Namespace) -> None:
 
 def step_seconds(layer: Callable, tokens) -> float:
     """Return the seconds of one forward and backward pass; gradients are made anew, as after `zero_grad`."""
+    layer.zero_grad(set_to_none=True)
+    return seconds_of(lambda: layer(tokens).sum().backward())
+
+
+def matmul_seconds(left, right, out) -> float:
+    """Return the seconds of one matrix product into memory that is there."""
     import torch
 
-    layer.zero_grad(set_to_none=True)
-    synchronize = torch.cuda.synchronize if tokens.is_cuda else lambda: None
+    return seconds_of(lambda: torch.mm(left, right, out=out))
+
+
+def seconds_of(work: Callable) -> float:
+    """Time some work, on a GPU until it is done there."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     begin = perf_counter()
-    layer(tokens).sum().backward()
+    work()
     synchronize()
     return perf_counter() - begin
 
@@ -116,11 +134,13 @@ def step_seconds(layer: Callable, tokens) -> float:
 def report(options: argparse.Namespace, seconds: dict[tuple[str, str], float]) -> list[dict]:
     """Print a table and return its rows; FLOP/s where the count is known, times as long as ours in the best memory."""
     b, n, d, slots = options.images, options.tokens, options.width, options.experts * options.slots
-    macs = {OURS: b * (3 * n * slots * d + 8 * slots * d * d), DENSE: b * 8 * n * d * d}
+    # Multiplications and additions; backward has twice those of forward.
+    flops = {OURS: 6 * b * (3 * n * slots * d + 8 * slots * d * d), DENSE: 6 * b * 8 * n * d * d}
+    flops[MATMUL] = 2 * MATMUL_SIZE**3
     best = min(value for (name, _), value in seconds.items() if name == OURS)
     rows = []
     for (name, memory), value in seconds.items():
-        rate = round(6 * macs[name] / value / 1e9, 1) if name in macs else None
+        rate = round(flops[name] / value / 1e9, 1) if name in flops else None
         same = seconds[OURS, memory]
         rows.append({"layer": name, "memory": memory, "milliseconds": round(1000 * value, 1), "gflops": rate})
         rows[-1] |= {"times_ours": round(value / same, 3), "times_ours_at_best": round(value / best, 3)}

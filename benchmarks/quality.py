@@ -16,17 +16,16 @@ into docs; runs that are finished are not repeated.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from time import perf_counter
 
+from apart import merged, train_apart, with_spread
 from flickr8k import CONFIG, softmoe_clip
 from machine import machine, write_results
 from turns import TUNED, serve, take_turns
-from upcycling import merged
 
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.strict import load_strict, read_yaml
@@ -177,15 +176,7 @@ def train(options, name: str, seed: int) -> None:
 def curve(options, name: str, seed: int) -> dict[str, list[float]]:
     """Have one setting trained with one seed and return what was measured on the way."""
     run = run_folder(options, name, seed)
-    log = run.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *sys.argv, "--train", f"{name}:{seed}"]
-    with log.open("w") as output:
-        done = subprocess.run(
-            command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        )
-    if done.returncode:
-        raise SystemExit(f"{name}, seed {seed}, stopped: {log} says why. The same command goes on from there")
+    train_apart(f"{name}:{seed}", run.with_suffix(".log"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if f"eval/{MEASURED[options.set][0]}" in line]
     found = {metric: [line[f"eval/{metric}"] for line in lines] for metric in MEASURED[options.set]}
@@ -254,7 +245,7 @@ def table(name: str, rows: dict[str, list[dict]], seconds: dict[str, float], gfl
     for setting, curves in rows.items():
         steps = [[points[metric][-1] for points in curves] for metric in metrics]
         timed = [[at_minutes(points, metric, seconds[setting], minutes) for points in curves] for metric in metrics]
-        cells = " | ".join(f"{100 * mean(v):.1f} ± {100 * stdev(v) if len(v) > 1 else 0:.1f}" for v in steps + timed)
+        cells = " | ".join(with_spread([100 * value for value in values]) for values in steps + timed)
         lines.append(f"| {setting} | {gflops[setting]:.3f} | {1000 * seconds[setting]:.0f} | {cells} |")
     return "\n".join(lines)
 

@@ -113,6 +113,16 @@ def test_the_same_call_gives_the_same_bytes(source, pictures, tmp_path, folder_b
         assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
+def test_another_seed_draws_other_slots_and_leaves_all_else_as_it_is(source, tmp_path):
+    starts = {}
+    for seed in (0, 1):
+        upcycle(str(source), tmp_path / str(seed), 2, [3], seed=seed)
+        starts[seed] = load(tmp_path / str(seed)).model.state_dict()
+    changed = {name for name, value in starts[0].items() if not torch.equal(value, starts[1][name])}
+    assert len(changed) == 1
+    assert changed.pop().endswith("slot_embed")
+
+
 def test_a_dense_model_is_never_written_over(source, tmp_path, folder_bytes):
     shutil.copytree(source, tmp_path / "run/model")
     before = folder_bytes(tmp_path)
@@ -153,6 +163,7 @@ def test_the_verb_prints_the_cosine(softmoe_clip, source, pictures, tmp_path):
         (["--num-experts", 2, "--layers", "4"], "do not fit this image tower: its blocks are 0 to 3"),
         (["--num-experts", 2, "--slots-per-expert", 10**12], "this machine has"),
         (["--num-experts", 2, "--layers", "a"], "6,7,9-11"),
+        (["--num-experts", 2, "--seed", "-1"], "seed must be 0 to 2**63 - 1, got -1"),
         (["--num-experts", 2, "--pictures", "empty"], "no pictures and no shards in empty"),
         (["--num-experts", 2, "--pictures", "damaged"], "damaged/a.jpg: no picture in a known format"),
         ([], "--num-experts"),

@@ -45,16 +45,20 @@ def upcycle(
     slots_per_expert: int = 1,
     pictures: str | None = None,
     text: bool = False,
+    seed: int = 0,
 ) -> Upcycled:
     """Write the model folder `out`: the dense model `source` with Soft MoE layers in its image tower.
 
     `layers` is last_half, or block numbers as in "6,7,9-11"; with `text` they are those of the text tower, too. Soft
     MoE mixes tokens, so that copies do not keep what a tower computes: how much is left is measured on `pictures`
-    (shards, or a folder) and their captions, without them on noise and on a few sentences.
+    (shards, or a folder) and their captions, without them on noise and on a few sentences. Slots, and the noise of
+    mode `noise`, are drawn with `seed`.
     A source `timm:NAME` is a ViT with timm's pretrained weights; the text tower beside it is new.
     Raises ValueError, one sentence, for what cannot be upcycled; then nothing is written.
     """
     check_mode(mode, pictures)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be 0 to 2**63 - 1, got {seed}")
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
     loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
     loaded = with_config(loaded, source)
@@ -75,7 +79,7 @@ def upcycle(
     before = embedded(loaded, pairs, text)
     check_finite(before, source)
     with torch.no_grad():
-        done = {key: asdict(upcycle_tower(tower, moe, mode, 0, shown[key])) for key, tower in towers.items()}
+        done = {key: asdict(upcycle_tower(tower, moe, mode, seed, shown[key])) for key, tower in towers.items()}
     loaded.config["softmoe"] = written | done
     changed = changes(before, embedded(loaded, pairs, text), pairs.described)
     save(loaded, out)

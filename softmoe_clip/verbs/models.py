@@ -33,6 +33,7 @@ def upcycle(
     text: Annotated[
         bool, typer.Option("--text", help="experts in the text tower, too; it must be bidirectional")
     ] = False,
+    seed: Annotated[int, typer.Option(help="of the slots, and of mode noise")] = 0,
 ):
     """Make a Soft MoE model of a dense one: MLPs of its image tower (and its text tower) become experts.
 
@@ -40,7 +41,7 @@ def upcycle(
     """
     from softmoe_clip.models.upcycle import upcycle
 
-    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures, text)
+    done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures, text, seed)
     for tower, change in zip(done._fields, done, strict=True):
         if change is not None:
             print(f"{tower} embeddings before and after, cosine: mean {change.mean:.4f}, least {change.least:.4f}")

@@ -23,11 +23,15 @@ def eval(
     Example: softmoe-clip eval runs/a --suite configs/suites/flickr8k.yaml
     """
     from softmoe_clip.config import find_config
-    from softmoe_clip.eval.results import print_results
-    from softmoe_clip.eval.suites import load_suite, run_suite
-    from softmoe_clip.models.store import load_encoder
+    from softmoe_clip.eval.config import load_suite
+    from softmoe_clip.launch import tune_cpu_memory
 
     tasks = load_suite(find_config(suite))
+    tune_cpu_memory()
+    from softmoe_clip.eval.results import print_results
+    from softmoe_clip.eval.suites import run_suite
+    from softmoe_clip.models.store import load_encoder
+
     results = run_suite(load_encoder(model, device, precision, batch_size), tasks)
     print_results(results)
     if out:
@@ -58,6 +62,9 @@ def embed(
 
     Example: softmoe-clip embed runs/a shards/val embeddings
     """
+    from softmoe_clip.launch import tune_cpu_memory
+
+    tune_cpu_memory()
     from softmoe_clip.models.store import load_encoder
     from softmoe_clip.search.embed import embed
 
