@@ -158,3 +158,12 @@ def folder_bytes():
         return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
     return read
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

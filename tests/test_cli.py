@@ -6,6 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("working_folder")
+
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_settings, tmp_path_factory):
@@ -36,15 +38,6 @@ def embeddings(run_folder, scenes, tmp_path_factory):
     embed(load_encoder(run_folder, "cpu"), f"{scenes}/val", out, model_name=str(run_folder))
     index(out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 MISTAKES = {

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from softmoe_clip.launch import CPU_MEMORY
+
+pytestmark = pytest.mark.usefixtures("working_folder")
+
 VERBS = (
     "demo",
     "pack",
@@ -27,15 +31,6 @@ VERBS = (
     "export-onnx",
 )
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "accelerate", "faiss", "matplotlib", "pyarrow")
-
-
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def test_help_lists_every_verb_and_nothing_is_missing_here(softmoe_clip):
@@ -115,3 +110,23 @@ def test_files_of_the_user_do_not_pass_for_libraries(working_folder, tiny_yaml, 
     assert done.returncode == 2
     assert "nowhere" in done.stderr
     assert "wrong file" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        (["train", "{yaml}", "data.train=nowhere"], ["None", "0"]),
+        (["eval", "nowhere", "--suite", "{yaml}"], ["None"]),  # no suite: ends before
+        (["embed", "nowhere", "nowhere", "out"], ["None", "0"]),
+        (["search", "nowhere", "a dog"], ["None"]),
+    ],
+)
+def test_verbs_that_run_towers_start_once_more_with_the_allocators_settings(tiny_yaml, arguments, seen):
+    code = "import os; print(os.environ.get('MALLOC_MMAP_MAX_')); from softmoe_clip.cli import main; main()"
+    arguments = [str(tiny_yaml) if argument == "{yaml}" else argument for argument in arguments]
+    plain = {name: value for name, value in os.environ.items() if name not in CPU_MEMORY}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=plain)
+    assert done.returncode == 2
+    assert done.stdout.split() == seen
+    assert done.stderr.count("\n") == 1
