@@ -132,7 +132,7 @@ def test_the_optimizer_holds_each_trained_parameter_once_in_the_group_of_its_dec
 
 def test_a_decay_rule_that_finds_nothing_is_refused_but_for_the_defaults():
     model = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"optim\.weight_decay: 'wieght' is found in no parameter name; one .* is bias"):
+    with pytest.raises(ValueError, match=r"optim\.weight_decay: 'wieght' is found in no parameter name"):
         make_optimizer(model, OptimConfig(weight_decay={"wieght": 0.1, ".*": 0.0}))
     assert len(make_optimizer(model, OptimConfig()).param_groups) == 2
 
