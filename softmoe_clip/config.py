@@ -30,7 +30,8 @@ class ModelConfig:
     text_tower: str | None = None
     context_length: int | None = None  # ids of a caption that the text tower takes; None: as `arch` says
     start: Literal["reference", "quick"] = "reference"  # quick: for runs of minutes, see models/starts.py
-    init_logit_scale: float | None = None  # the parameter, i.e. the log; None: what the loss starts from
+    # the parameter, i.e. the log; None: what the model of `init` has, without one what the loss starts from
+    init_logit_scale: float | None = None
     init_logit_bias: float | None = None
 
 
@@ -132,8 +133,8 @@ class TrainConfig:
             raise ValueError(f"chunk_size counts pairs from 1, got {self.chunk_size}: leave it out for no chunks")
         if self.last_step < 1:
             raise ValueError(f"the budget holds no step: samples={self.samples} with batch_size={self.batch_size}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 to 2**63 - 1, got {self.seed}")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
         for name in ("keep_every", "checkpoint_every"):

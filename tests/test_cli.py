@@ -44,6 +44,7 @@ MISTAKES = {
     "an unknown verb": (["trainn"], "trainn"),
     "an unknown option": (["train", "{yaml}", "--plann"], "--plan"),
     "a missing argument": (["pack"], "'source'"),
+    "a seed beyond what is drawn from": (["train", "{yaml}", f"seed={2**64}"], "seed must be 0 to 2**63 - 1, got 1844"),
     "a missing config": (["train", "nowhere.yaml"], "nowhere.yaml"),
     "an empty config name": (["train", ""], "config"),
     "a folder as config": (["train", "."], "config"),

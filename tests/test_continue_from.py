@@ -12,6 +12,7 @@ from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer, load_t
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.training.build import build
 from softmoe_clip.training.loop import train
 
 TRUNK = "softmoe_vit_tiny_patch16_224"
@@ -51,6 +52,18 @@ def test_a_logit_bias_that_the_source_lacks_stays_new(folder_of, architecture_fi
     model = create_model(ModelConfig(str(architecture_file), init_logit_bias=-10.0), tokenizer.vocab_size, 12)
     continue_from(model, folder, tokenizer)
     assert model.logit_bias.item() == -10
+
+
+@pytest.mark.parametrize("given", [{}, {"init_logit_scale": 2.5}, {"init_logit_bias": -3.0}])
+def test_a_run_starts_from_the_logit_scale_and_bias_of_its_config_else_from_the_models(
+    tiny_config, tmp_path, monkeypatch, given
+):
+    monkeypatch.chdir(tmp_path)
+    source = load(train(tiny_config("steps=2", "out=source"))).model
+    settings = [f"model.{name}={value}" for name, value in given.items()]
+    model = build(tiny_config("out=second", "init=source", *settings)).model
+    expected = {f"init_{name}": getattr(source, name).item() for name in ("logit_scale", "logit_bias")} | given
+    assert {name: getattr(model, name.removeprefix("init_")).item() for name in expected} == expected
 
 
 def test_positions_are_resized_and_slots_kept_at_another_resolution(folder_of, architecture_file, tmp_path):

@@ -58,6 +58,7 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
     needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
     if config.init is not None and needed and trunk is None:
         continue_from(model, config.init, tokenizer)
+        set_logits(model, config.model)
     if begun is not None or trunk is not None:
         see_pictures_as(model, seen_by_run(trunk.parent.parent if begun is None else begun))
     if config.lora is None:
@@ -104,3 +105,11 @@ def with_loss_start(model: ModelConfig, loss: str) -> ModelConfig:
     scale = LOGIT_SCALE_START[loss] if model.init_logit_scale is None else model.init_logit_scale
     bias = LOGIT_BIAS_START[loss] if model.init_logit_bias is None else model.init_logit_bias
     return replace(model, init_logit_scale=scale, init_logit_bias=bias)
+
+
+@torch.no_grad()
+def set_logits(model: nn.Module, config: ModelConfig) -> None:
+    """Let logit scale and bias start where the config says, if it does, not where the model of `init` left them."""
+    for name in ("logit_scale", "logit_bias"):
+        if (start := getattr(config, f"init_{name}")) is not None:
+            getattr(model, name).fill_(start)
