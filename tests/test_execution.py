@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 from sharded_processes import look
 from torch import nn
 
-from softmoe_clip.config import TrainConfig
+from softmoe_clip.config import ModelConfig, TrainConfig
 from softmoe_clip.data_pipelines.strict import load_strict
+from softmoe_clip.models.create import create_model
 from softmoe_clip.training.execution import checkpoint_gradients
 from softmoe_clip.training.loop import train
 
@@ -57,6 +59,28 @@ def test_a_run_that_computes_blocks_again_is_the_same_run(with_masks, tmp_path, 
     weights, others = (load_file(runs[again] / WEIGHTS) for again in (True, False))
     for name in others:
         torch.testing.assert_close(weights[name], others[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["SoftMoE-demo", "PlainViT-demo", "SoftMoE-demo-text"])
+def test_our_architectures_compute_blocks_again_and_get_the_same_gradients(name):
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(name), 100, 8)
+    images, token_ids = torch.randn(2, 3, *model.visual.image_size), torch.randint(1, 99, (2, 8))
+    passes = Counter()
+    for part in [name for name, _ in model.named_modules() if name.endswith("blocks.1.mlp")]:
+        model.get_submodule(part).register_forward_pre_hook(lambda *_, part=part: passes.update([part]))
+    gradients = {}
+    for again in (False, True):
+        if again:
+            checkpoint_gradients(model)
+        out = model(images, token_ids)
+        (out["image_features"] * out["text_features"].roll(1, 0)).sum().backward()
+        gradients[again] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    assert list(passes.values()) == [3, 3]  # in each tower once, then twice
+    assert gradients[True].keys() == gradients[False].keys()
+    for n, gradient in gradients[False].items():
+        torch.testing.assert_close(gradients[True][n], gradient, rtol=1e-5, atol=1e-7, msg=n)
 
 
 def test_a_tower_that_keeps_everything_is_refused():

@@ -1,7 +1,8 @@
 """How towers are run, which changes no number but for float error: computed again for backward, and compiled."""
 
 import open_clip
-from torch import nn
+from open_clip.transformer import CustomResidualAttentionBlock
+from torch import Tensor, nn
 
 from softmoe_clip.config import TrainConfig
 
@@ -19,8 +20,18 @@ def set_execution(model: nn.Module, config: TrainConfig) -> None:
                 tower.compile(backend=BACKEND)  # in place: torch.compile(tower) would rename all within
 
 
+class CustomBlock(CustomResidualAttentionBlock):
+    """A block of open_clip's with qk-norm, as towers that compute it again call it: with what other blocks take."""
+
+    def forward(self, x: Tensor, *others: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, others[-1] if others else attn_mask)
+
+
 def checkpoint_gradients(model: nn.Module) -> None:
     """Let both towers keep only their blocks' inputs; ValueError, one sentence, for a tower that cannot."""
+    for block in model.modules():
+        if type(block) is CustomResidualAttentionBlock:
+            block.__class__ = CustomBlock  # all else stays: names, weights, hooks
     trunk = getattr(model.visual, "trunk", None)
     try:
         if trunk is not None:  # open_clip only warns of it
