@@ -34,6 +34,13 @@ def test_the_gradients_of_chunks_are_finite_differences(name, count_as):
     assert torch.autograd.gradcheck(loss, draws())
 
 
+def test_second_derivatives_of_chunks_are_refused():
+    image, text, scale, bias = draws()
+    loss = LOSSES["clip"](image, text, scale, bias, chunk_size=3)
+    with pytest.raises(RuntimeError, match="a loss computed in chunks has no second derivatives"):
+        torch.autograd.grad(loss, image, create_graph=True)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_frozen_tower_and_no_gradient_at_all_change_nothing_else(name):
     image, text, scale, bias = draws()

@@ -87,3 +87,20 @@ def test_of_all_that_is_as_large_as_the_weights_backward_keeps_dispatch_and_comb
     assert sizes.count(B * N * E * S) == 2
     assert not {layer.experts.w_in.numel(), layer.experts.w_out.numel()} & set(sizes)
     out.sum().backward()
+
+
+def test_second_derivatives_agree_with_finite_differences_too():
+    tokens, slots = drawn(B, N, D).requires_grad_(), drawn(D, E).requires_grad_()
+    assert torch.autograd.gradgradcheck(CosineLogits.apply, (tokens, slots))
+    logits = drawn(B, N, E).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: MaskedSoftmax.apply(x, MASK, 1), logits)
+    assert torch.autograd.gradgradcheck(lambda x: MaskedSoftmax.apply(x, MASK, 2), logits)
+
+
+def test_a_layers_second_derivatives_agree_with_finite_differences():
+    torch.manual_seed(0)
+    layer = SoftMoE(4, 3, 2, hidden=5).double()
+    tokens = drawn(2, 5, 4).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    assert torch.autograd.gradgradcheck(lambda x: layer(x), tokens)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, mask), tokens)

@@ -7,7 +7,6 @@ softmax twice where there is a mask: (b, n, slots) numbers each, the largest ten
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Inside the square root, as in the reference's code; the paper's x / (|x| + eps) differs for tiny vectors.
 NORM_EPS = 1e-6
@@ -25,16 +24,17 @@ class CosineLogits(torch.autograd.Function):
         return (exact @ slots).mul_(inverse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Float[Tensor, "b n k"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "d k"]]:
         tokens, slots, inverse = ctx.saved_tensors
         exact = tokens.to(slots.dtype)
+        if torch.is_grad_enabled():  # for second derivatives, which would take what forward computed for a constant
+            inverse = inverse_norm(exact, -1)
         grad = grad * inverse
         grad_slots = exact.flatten(0, 1).T @ grad.flatten(0, 1)
         grad_exact = grad @ slots.T
         # What changes a token's length changes no cosine: sum over k of grad * logits is the token's own projection.
         along = torch.einsum("bnd,bnd->bn", grad_exact, exact)[..., None]
-        return grad_exact.addcmul_(exact, along * inverse.square(), value=-1).to(tokens.dtype), grad_slots
+        return torch.addcmul(grad_exact, exact, along * inverse.square(), value=-1).to(tokens.dtype), grad_slots
 
 
 class MaskedSoftmax(torch.autograd.Function):
@@ -50,7 +50,6 @@ class MaskedSoftmax(torch.autograd.Function):
         return weights
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Float[Tensor, "b n k"]) -> tuple[Float[Tensor, "b n k"], None, None]:
         (weights,) = ctx.saved_tensors
         return torch._softmax_backward_data(grad, weights, ctx.dim, weights.dtype), None, None
