@@ -17,8 +17,9 @@ MODEL_FILE = "tokenizer.model"
 TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 # The trainer skips sentences over 4,192 bytes; 1,000 characters are at most 4,000.
 MAX_TRAINING_CHARACTERS = 1000
-# No vocabulary known to us has pieces longer than 32 characters, so that what is cut off could not have become an id.
-CHARACTERS_PER_ID = 32
+# CLIP's BPE knows every byte and has no longer pieces: what is cut off beyond could not have become an id. The other
+# kinds are not cut: one unknown id of theirs stands for any number of characters.
+CLIP_CHARACTERS_PER_ID = 32
 
 
 @runtime_checkable
@@ -33,7 +34,7 @@ class Tokenizer(Protocol):
     pad_id: int
     eos_id: int | None
 
-    def __call__(self, captions: list[str]) -> Tensor: ...
+    def __call__(self, captions: str | list[str]) -> Tensor: ...
 
     def save(self, folder: str | Path) -> None: ...
 
@@ -63,11 +64,13 @@ class SentencePieceTokenizer:
         if self.eos_id < 0:
             raise ValueError(f"{model_file} has no end token: train the sentencepiece model with an eos_id")
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Turn b captions into int64 (b, l)."""
+    def __call__(self, captions: str | list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l); a lone one is a list of one."""
+        captions = in_list(captions)
         token_ids = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
         # One thread: callers are loader workers, and a thread pool would not survive their fork.
-        texts = [shortened(caption, self.context_length).lower() for caption in captions]
+        # Half a surrogate, as a terminal makes of bytes that are no UTF-8, is no text to sentencepiece.
+        texts = [caption.lower().encode("utf-8", "replace").decode() for caption in captions]
         for row, ids in zip(token_ids, self.processor.encode(texts, num_threads=1), strict=True):
             ids = ids[: self.context_length - 1]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
@@ -93,9 +96,9 @@ class OpenClipTokenizer:
         self.eos_id = self.tokenizer.eot_token_id
         self.pad_id = 0
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Turn b captions into int64 (b, l)."""
-        return self.tokenizer([shortened(caption, self.context_length) for caption in captions])
+    def __call__(self, captions: str | list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l); a lone one is a list of one."""
+        return self.tokenizer(cut_for_clip(in_list(captions), self.context_length))
 
     def save(self, folder: str | Path) -> None:
         """Write the settings; the vocabulary is part of open_clip."""
@@ -126,12 +129,15 @@ class TransformersTokenizer:
         if inner.pad_token_id is None:
             raise ValueError(f"the tokenizer in {source} has no padding token: set its pad_token")
         self.vocab_size, self.pad_id = len(inner), inner.pad_token_id
-        last = inner("a").input_ids[-1]
-        self.eos_id = last if last in inner.all_special_ids else None
+        *before, last = inner("a").input_ids
+        # One that begins a caption, too, does not tell its end.
+        self.eos_id = last if last in inner.all_special_ids and last not in before else None
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Turn b captions into int64 (b, l)."""
-        return self.tokenizer([shortened(caption, self.context_length) for caption in captions])
+    def __call__(self, captions: str | list[str]) -> Tensor:
+        """Turn b captions into int64 (b, l); a lone one is a list of one."""
+        if not (captions := in_list(captions)):  # of which transformers makes nothing
+            return torch.empty(0, self.context_length, dtype=torch.int64)
+        return self.tokenizer(captions)
 
     def save(self, folder: str | Path) -> None:
         """Write transformers' own files, and the settings."""
@@ -175,11 +181,7 @@ def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: i
     """
     from sentencepiece import SentencePieceTrainer
 
-    texts = (
-        text
-        for caption in captions
-        if (text := shortened(caption, MAX_TRAINING_CHARACTERS // CHARACTERS_PER_ID).lower())
-    )
+    texts = (text for caption in captions if (text := spaced(caption)[:MAX_TRAINING_CHARACTERS].lower()))
     first = next(texts, None)
     if first is None:
         raise ValueError("a tokenizer needs captions to train on, and there are none: check the shards' .txt members")
@@ -206,10 +208,19 @@ def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: i
     write_whole(Path(out_file), model.getvalue())
 
 
-def shortened(caption: str, num_ids: int) -> str:
-    """Make runs of white space one space, and cut off what cannot become one of the first `num_ids` ids."""
-    # Without the cut, one word of 10,000 letters keeps CLIP's BPE busy for minutes.
-    return " ".join(caption.split())[: num_ids * CHARACTERS_PER_ID]
+def in_list(captions: str | list[str]) -> list[str]:
+    """Make a lone caption a list of one, and runs of white space one space."""
+    return [spaced(caption) for caption in ([captions] if isinstance(captions, str) else captions)]
+
+
+def spaced(caption: str) -> str:
+    """Make runs of white space one space."""
+    return " ".join(caption.split())
+
+
+def cut_for_clip(captions: list[str], num_ids: int) -> list[str]:
+    """Cut off what CLIP's BPE cannot make one of its first ids of: 10,000 letters in a row keep it busy for minutes."""
+    return [caption[: num_ids * CLIP_CHARACTERS_PER_ID] for caption in captions]
 
 
 def check_context_length(context_length: int) -> None:
@@ -238,7 +249,9 @@ def read_settings(folder: Path) -> dict:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings["kind"]
-    except (ValueError, TypeError, KeyError):
+        if not isinstance(settings.get("context_length"), int | None):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{file} is damaged: it should hold a kind and a context_length") from None
     if kind not in ("sentencepiece", "open_clip", "transformers"):
         raise ValueError(f"{file} names the kind {kind!r}; known are sentencepiece, open_clip and transformers")

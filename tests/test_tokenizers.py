@@ -104,6 +104,22 @@ def test_a_tokenizer_of_transformers_without_an_end_token_says_so(tmp_path):
     assert tokenizer(["a dog"]).tolist() == [[2, 3, 0, 0]]
 
 
+def test_a_token_at_both_ends_does_not_tell_the_end(tmp_path):
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    fast = FastTokenizer(WordLevel({"[PAD]": 0, "[E]": 1, "a": 2, "dog": 3}, unk_token="[PAD]"))
+    fast.pre_tokenizer = Whitespace()
+    fast.post_processor = TemplateProcessing(single="[E] $A [E]", special_tokens=[("[E]", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", eos_token="[E]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, 6)
+    assert tokenizer(["a dog"]).tolist() == [[1, 2, 3, 1, 0, 0]]
+    assert tokenizer.eos_id is None
+
+
 def test_a_tokenizer_of_transformers_that_executes_code_or_cannot_pad_is_refused(tmp_path):
     for name, settings, message in [
         ("code", {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}, "tokenizer_class": "Mine"}, "cannot|can load"),
@@ -140,6 +156,27 @@ def test_cutting_long_captions_changes_no_id(model_file):
     caption = " ".join(CAPTIONS)[:10_000]
     whole = tokenizer.processor.encode(caption.lower())[:7]
     assert tokenizer([caption])[0].tolist() == [*whole, 1]
+
+
+@pytest.mark.parametrize("unknown", ["猫" * 300, "http://" + 90 * "é" + "/" + 400 * "é"])
+def test_one_unknown_id_may_stand_for_any_number_of_letters(model_file, bert, unknown):
+    caption = f"{unknown} a red dog"
+    pieces, words = SentencePieceTokenizer(model_file, 9), TransformersTokenizer(bert, 9)
+    ids = pieces.processor.encode(caption)[:8]
+    assert pieces([caption])[0].tolist() == ids + (9 - len(ids)) * [1]
+    inner = words.tokenizer.tokenizer
+    assert words([caption])[0].tolist() == inner(caption, max_length=9, truncation=True, padding="max_length").input_ids
+
+
+def test_a_lone_caption_is_a_list_of_one_and_no_captions_are_no_rows(model_file, bert):
+    for tokenizer in (SentencePieceTokenizer(model_file, 9), open_clip_tokenizer(9), TransformersTokenizer(bert, 9)):
+        assert tokenizer("a red dog").tolist() == tokenizer(["a red dog"]).tolist()
+        assert tokenizer([]).shape == (0, 9)
+
+
+def test_half_a_surrogate_is_read_as_a_question_mark(model_file):
+    tokenizer = SentencePieceTokenizer(model_file, 9)
+    assert tokenizer(["caf\udce9"]).tolist() == tokenizer(["caf?"]).tolist()
 
 
 @pytest.mark.parametrize("caption", ["x" * 10_000, "a dog " * 1700, " " * 10_000, "é猫" * 5000, "\0" * 10_000])
@@ -211,9 +248,10 @@ def test_what_is_no_tokenizer_is_named(tmp_path, model_file, capfd):
         load_tokenizer(tmp_path / "empty", 8)
     with pytest.raises(ValueError, match="context_length"):
         load_tokenizer(model_file)
-    (tmp_path / "empty" / "softmoe_tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        load_tokenizer(tmp_path / "empty")
+    for text in ("{", "[]", '{"kind": "open_clip", "context_length": "8"}'):
+        (tmp_path / "empty" / "softmoe_tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            load_tokenizer(tmp_path / "empty")
     assert capfd.readouterr() == ("", "")
 
 

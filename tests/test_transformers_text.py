@@ -124,6 +124,24 @@ def test_what_does_not_fit_is_one_sentence(bert, tmp_path, text_cfg, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("reads", [1, None])
+def test_padding_that_the_tower_would_read_as_words_is_refused_at_the_start_and_at_loading(
+    bert, tmp_path, tiny_settings, reads
+):
+    other = tmp_path / "other"
+    shutil.copytree(bert, other)
+    config = json.loads((other / "config.json").read_text()) | {"pad_token_id": reads}
+    (other / "config.json").write_text(json.dumps(config))
+    told = f"the tokenizer pads captions with id 0, but the text tower takes {reads} for padding"
+    settings = tiny_settings | {"model": {"arch": architecture(other, tmp_path)}, "tokenizer": "open_clip"}
+    with pytest.raises(ValueError, match=told):
+        train(load_strict(TrainConfig, settings | {"out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
+    save(new_model(other, tmp_path), tmp_path / "model")
+    with pytest.raises(ValueError, match=told):
+        load(tmp_path / "model")
+
+
 def test_the_summary_of_a_moved_folder_needs_no_transformers_folder(bert, tmp_path):
     loaded, place = moved(bert, tmp_path)
     found = summary(str(place))

@@ -95,18 +95,8 @@ def embedded(loaded: LoadedModel, pairs: Pairs, text: bool) -> list[Tensor]:
         found = [[model.encode_image(part) for part in pairs.images.split(BATCH)]]
         if text:
             token_ids = loaded.tokenizer(pairs.captions)
-            check_vocabulary(int(token_ids.max()), model.text.vocab_size)
             found.append([model.encode_text(part) for part in token_ids.split(BATCH)])
     return [torch.cat(parts).double() for parts in found]
-
-
-def check_vocabulary(largest_id: int, vocab_size: int) -> None:
-    """Refuse ids that the text tower does not know: CLIP's tokenizer is taken where a folder holds none."""
-    if largest_id >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gives ids up to {largest_id:,} and the text tower knows {vocab_size:,}: "
-            "copy the tokenizer's files into the model folder"
-        )
 
 
 def check_finite(embeddings: list[Tensor], model: str) -> None:

@@ -19,6 +19,7 @@ from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.alike import differences, shapes_in, shapes_of
 from softmoe_clip.models.create import build, read_json
 from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours, refuse_url
+from softmoe_clip.models.tokenizer_fit import check_tokenizer
 from softmoe_clip.models.written import check_written
 
 CONFIG_FILE = "open_clip_config.json"
@@ -94,7 +95,9 @@ def load_folder(folder: Path) -> LoadedModel:
     folder, written = read_folder(folder)
     model = build(without_downloads(written, folder), source=str(folder / CONFIG_FILE))
     load_weights(model, folder)
-    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
+    tokenizer = folder_tokenizer(folder, written["model_cfg"]["text_cfg"])
+    check_tokenizer(model, tokenizer, str(folder))
+    return LoadedModel(model, tokenizer, transform_of(model), written)
 
 
 def load_hub(name: str) -> LoadedModel:

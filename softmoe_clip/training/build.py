@@ -29,6 +29,7 @@ from softmoe_clip.models.create import (
     see_pictures_as,
 )
 from softmoe_clip.models.store import LoadedModel, transform_of
+from softmoe_clip.models.tokenizer_fit import check_tokenizer
 from softmoe_clip.models.trunk import FromFeatures, check_features
 from softmoe_clip.moe.expert_parallel import ExpertGroup, spread_over
 from softmoe_clip.training.branch import branch_point
@@ -54,6 +55,7 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
     torch.manual_seed(config.seed)
     with spread_over(group):
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
+    check_tokenizer(model, tokenizer, f"tokenizer {config.tokenizer}")
     trunk = branch_point(config)
     needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
     if config.init is not None and needed and trunk is None:

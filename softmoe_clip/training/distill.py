@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.loader import Batch
-from softmoe_clip.data_pipelines.tokenizers import shortened
+from softmoe_clip.data_pipelines.tokenizers import cut_for_clip, in_list
 from softmoe_clip.models.store import LoadedModel, load
 from softmoe_clip.training.distributed import gather_with_grad
 
@@ -71,9 +71,13 @@ class Teacher:
         return (images / 255 - mean) / std  # as `normalise` does for bytes
 
     def token_ids(self, captions: list[str]) -> Tensor:
-        """Tokenize captions as the teacher does, without what cannot become one of its ids."""
-        length = getattr(self.loaded.tokenizer, "context_length", None) or 77
-        return self.loaded.tokenizer([shortened(caption, length) for caption in captions])
+        """Tokenize captions as the teacher does."""
+        from open_clip import SimpleTokenizer
+
+        captions, tokenizer = in_list(captions), self.loaded.tokenizer
+        if isinstance(tokenizer, SimpleTokenizer):
+            captions = cut_for_clip(captions, tokenizer.context_length or 77)
+        return tokenizer(captions)
 
 
 def load_teacher(config: TrainConfig, student_cfg: dict, device: torch.device) -> Teacher | None:
