@@ -157,8 +157,14 @@ def test_an_unknown_architecture_is_one_sentence(arch, message):
         (
             '{"embed_dim": 8, "vision_cfg": {"timm_model_name": "plain_vit_demo_patch8_64", "timm_proj": "none", '
             '"image_size": 96}, "text_cfg": {"width": 16, "heads": 2, "layers": 1}}',
-            "image_size is 96, but its timm tower takes 64",
+            "image_size is 96, but its timm tower takes 64: name a tower for that size",
         ),
+        (
+            '{"embed_dim": 64, "vision_cfg": {"timm_model_name": "plain_vit_demo_patch8_64", "timm_proj": "none", '
+            '"image_size": 64}, "text_cfg": {"width": 16, "heads": 2, "layers": 1}}',
+            r"embed_dim is 64, but without a projection \(vision_cfg.timm_proj\) its timm tower gives 128",
+        ),
+        ('{"embed_dim": 64, "vision_cfg": null, "text_cfg": {}}', "vision_cfg must be an object, got None"),
     ],
 )
 def test_a_wrong_architecture_file_is_one_sentence(tmp_path, content, message):

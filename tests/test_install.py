@@ -127,6 +127,27 @@ def test_an_mlp_that_is_more_than_two_layers_is_refused_before_anything_changes(
     assert mlps(tower) == before
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"mlp_layer": timm.layers.GluMlp}, r"the GluMlp of block 2 is not a plain two-layer MLP"),
+        ({"mlp_layer": timm.layers.SwiGLU}, r"the SwiGLU of block 2 is not a plain two-layer MLP"),
+        ({"proj_drop_rate": 0.5}, r"the MLP of block 2 drops out \(p=0\.5\), which experts do not"),
+    ],
+)
+def test_gates_and_dropout_that_experts_have_not_are_refused(overrides, told):
+    with pytest.raises(ValueError, match=told):
+        install(timm_tower(**overrides), SMALL)
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "tnt_s_legacy_patch16_224"])
+def test_towers_whose_tokens_are_of_another_kind_are_refused(name):
+    with torch.device("meta"):
+        tower = timm.create_model(name)
+    with pytest.raises(ValueError, match="cannot put MoE layers into a"):
+        install(tower, SMALL)
+
+
 def test_installing_twice_is_refused():
     tower = timm_tower()
     install(tower, SMALL)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -133,6 +134,17 @@ def test_towers_of_every_kind_are_counted(name):
     counted = summary(name)
     assert counted["image"]["gflops"] > 10
     assert counted["text"]["gflops"] > 1
+
+
+def test_pictures_that_are_not_square_are_counted_too(native, tmp_path):
+    squares = summary(native)["image"]
+    wide = json.loads(Path(native).read_text())
+    wide["vision_cfg"]["image_size"] = [32, 64]
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+    found = summary(str(tmp_path / "wide.json"))["image"]
+    width = wide["vision_cfg"]["width"]
+    assert found["parameters"] == squares["parameters"] + 16 * width  # positions of 16 more patches
+    assert found["gflops"] > 1.8 * squares["gflops"]
 
 
 def test_a_transformers_text_tower_is_counted_from_its_config_alone(native, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from softmoe_clip.config import ModelConfig, MoEConfig, TrainConfig
 from softmoe_clip.data_pipelines.strict import load_strict
+from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
 from softmoe_clip.models.text import build_text_tower
@@ -27,6 +28,17 @@ SIZES = {"context_length": 7, "vocab_size": 20, "width": 16, "heads": 2, "layers
         (SIZES | {"softmoe_text": {"pool": "mean"}}, "softmoe_text.pool must be last or map, got 'mean'"),
         (SIZES | {"softmoe_text": {"padding": "ignore"}}, "must be attend or mask, got 'ignore'"),
         (SIZES | {"heads": 3, "softmoe_text": {}}, "width 16 cannot have 3 heads"),
+        (SIZES | {"heads": 0, "softmoe_text": {}}, "text_cfg.heads must be a whole number from 1, got 0"),
+        (SIZES | {"layers": -3, "softmoe_text": {}}, "text_cfg.layers must be a whole number from 1, got -3"),
+        (SIZES | {"width": "16", "softmoe_text": {}}, "text_cfg.width must be a whole number from 1, got '16'"),
+        (SIZES | {"mlp_ratio": 0, "softmoe_text": {}}, "text_cfg.mlp_ratio must be above 0"),
+        (SIZES | {"mlp_ratio": None, "softmoe_text": {}}, "text_cfg.mlp_ratio must be above 0"),
+        (
+            SIZES | {"eos_id": 20, "softmoe_text": {}},
+            "text_cfg.eos_id must be an id of the 20 in the vocabulary, got 20",
+        ),
+        (SIZES | {"eos_id": "</s>", "softmoe_text": {}}, "text_cfg.eos_id must be an id of the 20"),
+        (SIZES | {"softmoe_text": True}, "softmoe_text must be an object with pool and padding, got True"),
     ],
 )
 def test_a_wrong_description_is_one_sentence(text_cfg, message):
@@ -43,28 +55,21 @@ def architecture(tmp_path, text_cfg, **more):
     return str(path)
 
 
-class Letters:
-    """Ids of letters, as far as a model folder needs a tokenizer."""
-
-    def __call__(self, captions):
-        return torch.tensor(
-            [[*(2 + ord(c) % 18 for c in caption[:6])] + [END] * (7 - len(caption[:6])) for caption in captions]
-        )
-
-
 @pytest.mark.parametrize("pool", ["last", "map"])
-def test_our_tower_with_experts_comes_back_from_a_folder_with_the_same_bits(tmp_path, pool):
+def test_our_tower_with_experts_comes_back_from_a_folder_with_the_same_bits(tmp_path, tokenizer_file, pool):
     arch = architecture(tmp_path, SIZES | {"softmoe_text": {"pool": pool, "padding": "mask"}})
     config = ModelConfig(arch, text_moe=MoEConfig(layers=[0], num_experts=3))
-    model = create_model(config, 25, 9, eos_id=END).eval()
-    written = folder_config(config, 25, 9, END)
+    tokenizer = load_tokenizer(tokenizer_file, 9)
+    sizes = tokenizer.vocab_size, 9
+    model = create_model(config, *sizes, eos_id=END).eval()
+    written = folder_config(config, *sizes, END)
     assert model.context_length == model.text.context_length == 9
-    assert model.vocab_size == model.text.vocab_size == 25
+    assert model.vocab_size == model.text.vocab_size == tokenizer.vocab_size
     assert written["softmoe"] == {"text_moe": folder_config(config)["softmoe"]["text_moe"]}
     assert isinstance(model.text.blocks[0].mlp, SoftMoE)
-    save(LoadedModel(model, Letters(), transform_of(model), written), tmp_path / "model")
+    save(LoadedModel(model, tokenizer, transform_of(model), written), tmp_path / "model")
     again = load(tmp_path / "model")
-    token_ids = Letters()(["red", "a blue"])
+    token_ids = again.tokenizer(["red", "a blue"])
     assert torch.equal(model.encode_text(token_ids), again.model.encode_text(token_ids))
     assert again.config == written
     assert again.model.text.eos_id == END

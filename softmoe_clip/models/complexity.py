@@ -1,5 +1,6 @@
 """What a tower costs, counted from shapes alone: parameters, multiply-accumulates (1 MAC = 2 FLOP), memory."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,9 +85,10 @@ def complexity(module: nn.Module, example: Tensor) -> Complexity:
     return Complexity(num_parameters(module), counter.get_total_flops() // 2, memory.kept, memory.largest)
 
 
-def image_complexity(tower: nn.Module, image_size: int) -> Complexity:
-    """Count an image tower on one square RGB picture of `image_size` pixels a side."""
-    return complexity(tower, torch.empty(1, 3, image_size, image_size, device="meta"))
+def image_complexity(tower: nn.Module, image_size: int | Sequence[int]) -> Complexity:
+    """Count an image tower on one RGB picture of `image_size` pixels: a side, or height and width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return complexity(tower, torch.empty(1, 3, height, width, device="meta"))
 
 
 def text_complexity(tower: nn.Module, context_length: int) -> Complexity:

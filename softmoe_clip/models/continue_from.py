@@ -53,5 +53,6 @@ def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
     trunk, name = getattr(model.visual, "trunk", None), "visual.trunk.pos_embed"
     positions = getattr(trunk, "pos_embed", None)
     if positions is not None and name in state and state[name].shape != positions.shape:
+        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
         grid = trunk.patch_embed.grid_size
-        state[name] = resample_abs_pos_embed(state[name], new_size=grid, num_prefix_tokens=trunk.num_prefix_tokens)
+        state[name] = resample_abs_pos_embed(state[name], new_size=grid, num_prefix_tokens=prefix)

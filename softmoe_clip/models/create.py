@@ -1,6 +1,7 @@
 """Build two-tower models: open_clip's own classes, with our text tower and Soft MoE layers where asked for."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -109,6 +110,9 @@ def read_architecture(arch: str) -> dict:
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
     if missing:
         raise ValueError(f"{arch} is no open_clip architecture: it has no {', '.join(missing)}")
+    for key in ("vision_cfg", "text_cfg"):
+        if not isinstance(model_cfg[key], dict):
+            raise ValueError(f"{arch} is no open_clip architecture: {key} must be an object, got {model_cfg[key]!r}")
     return model_cfg
 
 
@@ -137,6 +141,7 @@ def build(written: dict, output_dict: bool = True, source: str = "the model conf
     if "text_moe" in moe:
         install(model.text, MoEConfig(**moe["text_moe"]))
     check_image_size(model.visual, source)
+    check_width(model.visual, written["model_cfg"]["embed_dim"], source)
     see_pictures_as(model, merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]))
     return model
 
@@ -207,5 +212,24 @@ def check_image_size(tower: nn.Module, source: str) -> None:
     built_for = getattr(getattr(getattr(tower, "trunk", None), "patch_embed", None), "img_size", None)
     if built_for is not None and tuple(built_for) != tuple(tower.image_size):
         raise ValueError(
-            f"{source}: vision_cfg.image_size is {tower.image_size[0]}, but its timm tower takes {built_for[0]}"
+            f"{source}: vision_cfg.image_size is {in_words(tower.image_size)}, but its timm tower takes "
+            f"{in_words(built_for)}: name a tower for that size in timm_model_name"
+        )
+
+
+def in_words(size: Sequence[int]) -> str:
+    """Write height and width, once where they are equal."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def check_width(tower: nn.Module, embed_dim: int, source: str) -> None:
+    """Refuse a timm trunk without a projection that is not as wide as the embeddings."""
+    trunk = getattr(tower, "trunk", None)
+    if trunk is None or len(tower.head):
+        return
+    width = trunk.num_classes or getattr(trunk, "head_hidden_size", trunk.num_features)
+    if width != embed_dim:
+        raise ValueError(
+            f"{source}: embed_dim is {embed_dim}, but without a projection (vision_cfg.timm_proj) its timm tower "
+            f"gives {width}: make both the same, or set timm_proj to linear"
         )

@@ -67,6 +67,7 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = Non
         loaded = load_open_clip(name)
     else:
         raise ValueError(f"no model at {name}: give a run folder, a model folder or an open_clip NAME:TAG")
+    check_tokenizer(loaded.model, loaded.tokenizer, str(name))
     loaded.model.to(device=device, dtype=dtype).eval()
     return loaded
 
@@ -95,9 +96,7 @@ def load_folder(folder: Path) -> LoadedModel:
     folder, written = read_folder(folder)
     model = build(without_downloads(written, folder), source=str(folder / CONFIG_FILE))
     load_weights(model, folder)
-    tokenizer = folder_tokenizer(folder, written["model_cfg"]["text_cfg"])
-    check_tokenizer(model, tokenizer, str(folder))
-    return LoadedModel(model, tokenizer, transform_of(model), written)
+    return LoadedModel(model, folder_tokenizer(folder, written["model_cfg"]["text_cfg"]), transform_of(model), written)
 
 
 def load_hub(name: str) -> LoadedModel:
@@ -163,7 +162,7 @@ def is_pickle(file: Path) -> bool:
     """Tell torch.save's archives and plain pickles from safetensors, which have a JSON object after eight bytes."""
     with file.open("rb") as opened:
         start = opened.read(9)
-    return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
+    return len(start) == 9 and start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
 
 
 def folder_tokenizer(folder: Path, text_cfg: dict):

@@ -53,8 +53,8 @@ def counted(written: dict, source: str) -> tuple[nn.Module, Complexity, Complexi
     written = written | {"model_cfg": written["model_cfg"] | {"custom_text": True}}
     with torch.device("meta"):
         model = build(written, source=source).eval()
-    size, context_length = model.visual.image_size, written["model_cfg"]["text_cfg"].get("context_length", 77)
-    image = image_complexity(model.visual, size if isinstance(size, int) else size[0])
+    context_length = written["model_cfg"]["text_cfg"].get("context_length", 77)
+    image = image_complexity(model.visual, model.visual.image_size)
     return model, image, text_complexity(model.text, context_length)
 
 

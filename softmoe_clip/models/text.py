@@ -139,6 +139,8 @@ def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
     """Build the tower of a text_cfg with the key `softmoe_text` (pool, padding); refuse a key that nothing reads."""
     sizes = dict(text_cfg)
     choices = sizes.pop("softmoe_text") or {}
+    if not isinstance(choices, dict):
+        raise ValueError(f"softmoe_text must be an object with pool and padding, got {choices!r}")
     missing = [name for name in SIZES if name not in sizes]
     unknown = sorted(set(sizes) - {*SIZES, "mlp_ratio", "eos_id"} | set(choices) - {"pool", "padding"})
     if missing or unknown:
@@ -149,6 +151,7 @@ def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
     for name, kind in (("pool", Pool), ("padding", Padding)):
         if choices.get(name, get_args(kind)[0]) not in get_args(kind):
             raise ValueError(f"softmoe_text.{name} must be {' or '.join(get_args(kind))}, got {choices[name]!r}")
+    check_sizes(sizes)
     if sizes["width"] % sizes["heads"]:
         raise ValueError(f"a text tower of width {sizes['width']} cannot have {sizes['heads']} heads of equal size")
     return TextTower(
@@ -162,3 +165,16 @@ def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
         eos_id=sizes.get("eos_id"),
         **choices,
     )
+
+
+def check_sizes(sizes: dict) -> None:
+    """Refuse sizes that no tower has, and an end token outside of the vocabulary, which would mark nothing."""
+    for name in SIZES:
+        if not isinstance(sizes[name], int) or sizes[name] < 1:
+            raise ValueError(f"text_cfg.{name} must be a whole number from 1, got {sizes[name]!r}")
+    ratio = sizes.get("mlp_ratio", 4.0)
+    if not isinstance(ratio, int | float) or int(sizes["width"] * ratio) < 1:
+        raise ValueError(f"text_cfg.mlp_ratio must be above 0, for a hidden layer of width * mlp_ratio, got {ratio!r}")
+    end = sizes.get("eos_id")
+    if end is not None and not (isinstance(end, int) and 0 <= end < sizes["vocab_size"]):
+        raise ValueError(f"text_cfg.eos_id must be an id of the {sizes['vocab_size']:,} in the vocabulary, got {end!r}")

@@ -100,7 +100,9 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
             f"cannot put MoE layers into a {type(trunk).__name__} that masks padding: its blocks do not pass the mask "
             "on. Take our text tower (text_cfg.softmoe_text)."
         )
-    if blocks is None or not all(hasattr(block, "mlp") for block in blocks):
+    # NaFlex towers pad their pictures, which slots would mix in; TNT's have tokens within tokens.
+    other = hasattr(trunk, "num_prefix_tokens") and not hasattr(trunk, "patch_embed")
+    if blocks is None or other or not all(hasattr(block, "mlp") for block in blocks):
         raise ValueError(
             f"cannot put MoE layers into a {type(trunk).__name__}: "
             "give a timm VisionTransformer or open_clip's own VisionTransformer."
@@ -133,13 +135,23 @@ def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:
         raise ValueError(f"block {block} holds a {kind} layer already: choose other layers or a dense tower.")
     for names in MLP_LAYERS:
         layers = [getattr(mlp, name, None) for name in names]
-        if all(isinstance(layer, nn.Linear) for layer in layers) and {
-            name.split(".")[0] for name, _ in mlp.named_parameters()
-        } == set(names):
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        alone = {name.split(".")[0] for name, _ in mlp.named_parameters()} == set(names)
+        # The first layer of a gated MLP gives gates, too: it is wider than what the second one takes.
+        if alone and layers[0].out_features == layers[1].in_features:
+            check_no_dropout(mlp, block)
             return layers[0], layers[1]
     raise ValueError(
         f"the {type(mlp).__name__} of block {block} is not a plain two-layer MLP: experts cannot replace it."
     )
+
+
+def check_no_dropout(mlp: nn.Module, block: int) -> None:
+    """Refuse dropout, which experts have not."""
+    rates = [part.p for part in mlp.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if rates:
+        raise ValueError(f"the MLP of block {block} drops out (p={rates[0]:g}), which experts do not: set it to 0.")
 
 
 def check_fits(firsts: list[nn.Linear], config: MoEConfig) -> None:
