@@ -12,6 +12,7 @@ beside this file and a picture into docs; runs that are finished are not repeate
 import argparse
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,6 +133,7 @@ def upcycled(options, start: Start) -> Path:
         return options.dense / "model"
     model = options.work / "starts" / start.file_name
     if not cosine_file(model).exists():
+        shutil.rmtree(model, ignore_errors=True)  # left by a run that was stopped between the two
         seen = str(options.shards / "train")  # centroids are fitted to some of them
         sizes = {"num_experts": NUM_EXPERTS, "slots_per_expert": SLOTS_PER_EXPERT, "layers": start.layers}
         done = upcycle(str(options.dense), model, **sizes, mode=start.mode, pictures=seen, seed=start.seed)

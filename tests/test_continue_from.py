@@ -7,15 +7,13 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from tiny_bert import write_bert
 
-from softmoe_clip.config import ModelConfig
+from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import TransformersTokenizer, load_tokenizer
 from softmoe_clip.models.continue_from import continue_from
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
 from softmoe_clip.training.build import build
 from softmoe_clip.training.loop import train
-
-TRUNK = "softmoe_vit_tiny_patch16_224"
 
 
 @pytest.fixture
@@ -66,24 +64,24 @@ def test_a_run_starts_from_the_logit_scale_and_bias_of_its_config_else_from_the_
     assert {name: getattr(model, name.removeprefix("init_")).item() for name in expected} == expected
 
 
-def test_positions_are_resized_and_slots_kept_at_another_resolution(folder_of, architecture_file, tmp_path):
-    base = json.loads(architecture_file.read_text())
-    vision = {
-        "image_size": 64,
-        "timm_model_name": "softmoe_vit_demo_patch8_64",
-        "timm_pool": "avg",
-        "timm_proj": "none",
-    }
-    base |= {"vision_cfg": vision | {"timm_proj": "none"}, "embed_dim": 128}
-    small = architecture(tmp_path, base)
-    folder, source, tokenizer = folder_of(small)
-    model = create_model(ModelConfig(str(small)), tokenizer.vocab_size, 12)
-    model.visual.trunk.set_input_size((96, 96))
-    torch.nn.init.zeros_(model.visual.trunk.pos_embed)
-    continue_from(model, folder, tokenizer)
-    expected = resample_abs_pos_embed(source.visual.trunk.pos_embed, new_size=(12, 12), num_prefix_tokens=0)
-    torch.testing.assert_close(model.visual.trunk.pos_embed, expected)
-    assert torch.equal(model.visual.trunk.blocks[3].mlp.slot_embed, source.visual.trunk.blocks[3].mlp.slot_embed)
+@pytest.mark.parametrize(("trunk", "prefix"), [("vit_tiny_patch16", 1), ("deit3_small_patch16", 0)])
+def test_positions_are_resized_and_slots_kept_at_another_resolution(
+    tmp_path, tokenizer_file, architecture_file, trunk, prefix
+):
+    tokenizer = load_tokenizer(tokenizer_file, 12)
+    moe, models = MoEConfig(layers=[11], num_experts=2), {}
+    for size in (224, 384):
+        base = json.loads(architecture_file.read_text()) | {"vision_cfg": {}}
+        vision = {"image_size": size, "timm_model_name": f"{trunk}_{size}", "timm_pool": "token", "timm_proj": "linear"}
+        config = ModelConfig(str(architecture(tmp_path, base, **vision)), image_moe=moe)
+        models[size] = create_model(config, tokenizer.vocab_size, 12)
+        written = folder_config(config, tokenizer.vocab_size, 12)
+        save(LoadedModel(models[size], tokenizer, transform_of(models[size]), written), tmp_path / str(size))
+    small, large = (models[size].visual.trunk for size in (224, 384))
+    continue_from(models[384], str(tmp_path / "224"), tokenizer, written)
+    expected = resample_abs_pos_embed(small.pos_embed, new_size=(24, 24), num_prefix_tokens=prefix)
+    torch.testing.assert_close(large.pos_embed, expected)
+    assert torch.equal(large.blocks[11].mlp.slot_embed, small.blocks[11].mlp.slot_embed)
 
 
 def test_open_clips_own_tower_is_resized_too(folder_of, architecture_file, tmp_path):
@@ -100,6 +98,55 @@ def test_another_architecture_is_refused_with_the_first_difference(folder_of, ar
     model = create_model(ModelConfig(str(deeper)), tokenizer.vocab_size, 12)
     with pytest.raises(ValueError, match=r"not built as `model` says: it has no visual\.transformer\.resblocks\.2"):
         continue_from(model, folder, tokenizer)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize(
+    ("tower", "change", "told"),
+    [
+        ("vision_cfg", {"pool_type": "avg"}, "image embeddings differ by"),
+        ("vision_cfg", {"head_width": 8}, "image embeddings differ by"),
+        ("text_cfg", {"heads": 1}, "text embeddings differ by"),
+        ("text_cfg", {"pool_type": "first"}, "text embeddings differ by"),
+        (None, {"quick_gelu": True}, "image embeddings differ by .* and text embeddings differ by"),
+    ],
+)
+def test_a_model_that_computes_something_else_from_the_same_weights_is_refused(
+    folder_of, architecture_file, tmp_path, size, tower, change, told
+):
+    folder, _, tokenizer = folder_of(architecture_file)
+    base = json.loads(architecture_file.read_text())
+    other = base | change if tower is None else base | {tower: base[tower] | change}
+    model = create_model(ModelConfig(str(architecture(tmp_path, other, image_size=size))), tokenizer.vocab_size, 12)
+    with pytest.raises(ValueError, match=f"computes something else from its weights .*{told}"):
+        continue_from(model, folder, tokenizer)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.image_moe.normalize=false", r"its experts are model.image_moe=\{num_experts: 4\}"),
+        ("model.image_moe.router=uniform_soft", r"its experts are model.image_moe=\{num_experts: 4\}"),
+        ("model.image_moe.activation=gelu", r"its experts are model.image_moe=\{num_experts: 4\}"),
+        ("model.image_moe.num_experts=2", r"slot_embed is \[32, 4, 1\] there, \[32, 2, 1\] here"),
+        ("model.image_moe=null", r"its experts are model.image_moe=\{num_experts: 4\}"),
+    ],
+)
+def test_other_experts_are_refused_with_what_to_write(tiny_config, tmp_path, monkeypatch, change, told):
+    monkeypatch.chdir(tmp_path)
+    train(tiny_config("steps=1", "optim.warmup=0", "out=source"))
+    with pytest.raises(ValueError, match=told):
+        build(tiny_config("out=second", "init=source", change))
+
+
+def test_capacity_and_noise_may_change(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sparse = "model.image_moe={router: tokens_choice, num_experts: 4}"
+    source = load(train(tiny_config("steps=1", "optim.warmup=0", "out=source", sparse))).model.state_dict()
+    other = "model.image_moe={router: tokens_choice, num_experts: 4, capacity_factor: 2.0, top_k: 2, noise_std: 1.0}"
+    found = build(tiny_config("out=second", "init=source", other)).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
 
 
 def test_another_tokenizer_is_refused(folder_of, architecture_file):

@@ -109,8 +109,8 @@ def test_upcycling_twice_is_refused_and_nothing_is_written(source, tmp_path, lay
 def test_the_same_call_gives_the_same_bytes(source, pictures, tmp_path, folder_bytes):
     for mode in ("noise", "centroids"):
         for out in ("one", "two"):
-            upcycle(str(source), tmp_path / out, 2, [3], mode, pictures=str(pictures))
-        assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+            upcycle(str(source), tmp_path / mode / out, 2, [3], mode, pictures=str(pictures))
+        assert folder_bytes(tmp_path / mode / "one") == folder_bytes(tmp_path / mode / "two")
 
 
 def test_another_seed_draws_other_slots_and_leaves_all_else_as_it_is(source, tmp_path):
@@ -133,6 +133,14 @@ def test_a_dense_model_is_never_written_over(source, tmp_path, folder_bytes):
     assert folder_bytes(tmp_path) == before
 
 
+def test_no_model_that_is_there_is_replaced(source, tmp_path, folder_bytes):
+    shutil.copytree(source, tmp_path / "other")
+    before = folder_bytes(tmp_path)
+    with pytest.raises(ValueError, match="other exists and is not empty: choose another folder or remove it"):
+        upcycle(str(source), tmp_path / "other", 2)
+    assert folder_bytes(tmp_path) == before
+
+
 def test_a_model_that_gives_no_numbers_is_refused(source, tmp_path):
     loaded = load(source)
     with torch.no_grad():
@@ -150,6 +158,9 @@ def test_the_verb_prints_the_cosine(softmoe_clip, source, pictures, tmp_path):
     assert done.returncode == 0, done
     assert "cosine: mean 1.0000, least 1.0000" in done.stdout
     assert f"on 5 pictures of {pictures}" in done.stdout
+    told = done.stdout.splitlines()[-1]
+    assert told.startswith(f"train it on as the dense model, with init={tmp_path}/out 'model.image_moe={{num_experts: 2")
+    assert told.endswith("shared_expert: true}'")
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,20 @@ from torch import Tensor, nn
 
 from softmoe_clip.models.alike import differences, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
-from softmoe_clip.models.store import load
-from softmoe_clip.moe.expert_parallel import OtherExperts, own_share
+from softmoe_clip.models.same_function import changed_embeddings, other_experts, tuned_alike
+from softmoe_clip.models.store import LoadedModel, load
+from softmoe_clip.moe.expert_parallel import OtherExperts, own_share, spread_parameters
 
 PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
 
 
-def continue_from(model: nn.Module, source: str, tokenizer) -> None:
+def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None = None) -> None:
     """Fill `model` with the weights of `source` (whatever `load` takes), and let it see pictures as that did.
 
-    Image positions are resized, slots are kept.
-    Raises ValueError where the two are not built alike, or where the tokenizer is not the one of `source`.
+    Image positions are resized, slots are kept. `written` is what `model` was built from.
+    Raises ValueError where the two are not built alike, compute something else from the same weights, or have not the
+    same tokenizer.
     """
     loaded = load(source)
     ours, theirs = model.state_dict(), loaded.model.state_dict()
@@ -27,13 +29,32 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
     except OtherExperts as error:
         raise ValueError(f"init: {source} is not built as `model` says: {error}") from None
     if different := differences(shapes_of(ours), shapes_of(theirs), NEW_WHERE_MISSING):
-        raise ValueError(f"init: {source} is not built as `model` says: {different}")
+        experts = other_experts(written, loaded.config)
+        raise ValueError(f"init: {source} is not built as `model` says: {experts or different}")
     for text in PROBES:
         # Compared after the weights: another vocabulary size has been named by now.
         if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
             raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
+    check_function(model, loaded, source, tokenizer, written)
     see_pictures_as(model, preprocessing_of(loaded.model))
+
+
+def check_function(model: nn.Module, loaded: LoadedModel, source: str, tokenizer, written: dict | None) -> None:
+    """Refuse a model that computes something else from its weights than the one they come from did."""
+    if experts := other_experts(written, loaded.config):
+        raise ValueError(f"init: {source} is not built as `model` says: {experts}")
+    if spread_parameters(model):
+        return  # a share of the experts alone gives no embedding
+    rows = [each(list(PROBES)) for each in (tokenizer, loaded.tokenizer)]
+    towers = [tower for tower in ("image_moe", "text_moe") if tuned_alike(written, loaded.config, tower)]
+    changed = changed_embeddings(model, loaded.model, min(rows, key=lambda row: row.shape[1]), tuple(towers))
+    if changed:
+        told = " and ".join(f"{name} embeddings differ by {100 * change:.3g} %" for name, change in changed.items())
+        raise ValueError(
+            f"init: {source} computes something else from its weights than `model` would ({told}): its architecture "
+            "must be that of model.arch also in pooling, heads, causal mask and QuickGELU"
+        )
 
 
 def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:

@@ -11,10 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
+from softmoe_clip.data_pipelines.new_folder import refuse_existing
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
 from softmoe_clip.models.comparison import check_finite, embedded, pairs_to_compare
 from softmoe_clip.models.create import build, preprocessing_of
-from softmoe_clip.models.store import LoadedModel, check_known, load, save, transform_of, without_downloads
+from softmoe_clip.models.same_function import experts_of, in_yaml
+from softmoe_clip.models.store import (
+    LoadedModel,
+    check_known,
+    load,
+    read_folder,
+    save,
+    transform_of,
+    without_downloads,
+)
 from softmoe_clip.moe.install import tower_blocks, tower_label
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
@@ -60,9 +70,10 @@ def upcycle(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be 0 to 2**63 - 1, got {seed}")
     moe = MoEConfig(layers=block_list(layers), num_experts=num_experts, slots_per_expert=slots_per_expert)
+    check_not_itself(source, out)
+    refuse_existing(out)
     loaded = new_text_tower(source.removeprefix("timm:")) if source.startswith("timm:") else load(source)
     loaded = with_config(loaded, source)
-    check_not_itself(source, out)
     towers = {"image_moe": loaded.model.visual}
     if text:
         loaded = with_text_module(loaded)
@@ -84,6 +95,14 @@ def upcycle(
     changed = changes(before, embedded(loaded, pairs, text), pairs.described)
     save(loaded, out)
     return Upcycled(*changed)
+
+
+def to_train_on(out: str | Path) -> str:
+    """Return the settings with which a run starts from what was upcycled, beside those of the dense model's run."""
+    _, written = read_folder(Path(out))
+    experts = {tower: experts_of(written, tower) for tower in ("image_moe", "text_moe")}
+    chosen = [f"'model.{tower}={in_yaml(config)}'" for tower, config in experts.items() if config is not None]
+    return " ".join([f"init={out}", *chosen])
 
 
 def changes(before: Sequence[Tensor], after: Sequence[Tensor], described: Sequence[str]) -> list[Change]:

@@ -56,10 +56,11 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
     with spread_over(group):
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     check_tokenizer(model, tokenizer, f"tokenizer {config.tokenizer}")
+    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     trunk = branch_point(config)
     needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
     if config.init is not None and needed and trunk is None:
-        continue_from(model, config.init, tokenizer)
+        continue_from(model, config.init, tokenizer, written)
         set_logits(model, config.model)
     if begun is not None or trunk is not None:
         see_pictures_as(model, seen_by_run(trunk.parent.parent if begun is None else begun))
@@ -67,7 +68,6 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
         freeze(model, config.freeze)
     else:
         add_adapters(model, config.lora, config.freeze, config.seed)
-    written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     written["preprocess_cfg"] |= preprocessing_of(model)
     return LoadedModel(model, tokenizer, transform_of(model), written)
 

@@ -39,13 +39,14 @@ def upcycle(
 
     Example: softmoe-clip upcycle ViT-B-16:openai upcycled --num-experts 32 --pictures my_pictures
     """
-    from softmoe_clip.models.upcycle import upcycle
+    from softmoe_clip.models.upcycle import to_train_on, upcycle
 
     done = upcycle(source, out, num_experts, layers, mode, slots_per_expert, pictures, text, seed)
     for tower, change in zip(done._fields, done, strict=True):
         if change is not None:
             print(f"{tower} embeddings before and after, cosine: mean {change.mean:.4f}, least {change.least:.4f}")
             print(f"on {change.measured_on}")
+    print(f"train it on as the dense model, with {to_train_on(out)}")
 
 
 def soup(
