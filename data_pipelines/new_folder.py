@@ -49,8 +49,9 @@ def refuse_existing(out: str | Path) -> None:
     out = Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose a folder to write into")
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: choose a folder to write into")
 
 
 def sync(path: str | Path) -> None:

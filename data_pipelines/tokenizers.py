@@ -50,7 +50,10 @@ class SentencePieceTokenizer:
 
         check_context_length(context_length)
         self.context_length = context_length
-        self.model_bytes = Path(model_file).read_bytes()
+        try:
+            self.model_bytes = Path(model_file).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"{model_file} is missing: copy the tokenizer's files there again") from None
         try:
             if not self.model_bytes:
                 raise ValueError
@@ -203,7 +206,7 @@ def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: i
             minloglevel=3,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the line of C++ that found it
         raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these captions ({reason})") from None
     write_whole(Path(out_file), model.getvalue())
 
@@ -261,6 +264,7 @@ def read_settings(folder: Path) -> dict:
 def write_whole(file: Path, data: bytes) -> None:
     """Write under a temporary name and rename, so that no half-written file stays."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_bytes(data)
         part.replace(file)

@@ -164,6 +164,11 @@ def test_an_unknown_architecture_is_one_sentence(arch, message):
             '"image_size": 64}, "text_cfg": {"width": 16, "heads": 2, "layers": 1}}',
             r"embed_dim is 64, but without a projection \(vision_cfg.timm_proj\) its timm tower gives 128",
         ),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"width": 16, "layers": 1, "head_width": 8, "output_tokens": true}, '
+            '"text_cfg": {"width": 16, "heads": 2, "layers": 1}}',
+            r"vision_cfg.output_tokens is for CoCa alone \(multimodal_cfg\): leave it out",
+        ),
         ('{"embed_dim": 64, "vision_cfg": null, "text_cfg": {}}', "vision_cfg must be an object, got None"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_sparse import GOLDEN, PARAMETERS, TOLERANCE, error, golden_layer
 
-from softmoe_clip.moe import ExpertsChoiceMoE, collect_routing
+from softmoe_clip.moe import ExpertsChoiceMoE, SoftMoE, collect_routing
 
 CASES = sorted(GOLDEN.glob("ec_*.npz"))
 
@@ -137,3 +137,10 @@ def test_a_group_over_several_images_is_routed_as_one_long_image(layer, tokens):
     layer.group_size = 3
     expected = token_by_token(tokens.view(1, 30, 6).numpy(), layer, 8)  # 7.5, to the even number
     np.testing.assert_allclose(layer(tokens).detach().view(1, 30, 6), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [SoftMoE, ExpertsChoiceMoE])
+@pytest.mark.parametrize("sizes", [(0, 4), (12, 0), (12, -1)])
+def test_layers_of_nothing_are_refused(layer, sizes):
+    with pytest.raises(ValueError, match="count from 1, got"):
+        layer(*sizes)

@@ -35,6 +35,8 @@ def test_an_empty_folder_may_be_there_but_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="empty exists and is not empty"), new_folder(tmp_path / "empty"):
         pass
     (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file"), new_folder(tmp_path / "file/below/it"):
+        pass
     with pytest.raises(ValueError, match="file is a file"), new_folder(tmp_path / "file"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["empty", "file"]

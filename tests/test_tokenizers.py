@@ -246,6 +246,9 @@ def test_what_is_no_tokenizer_is_named(tmp_path, model_file, capfd):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "empty", 8)
+    (tmp_path / "empty/softmoe_tokenizer.json").write_text('{"kind": "sentencepiece", "context_length": 8}')
+    with pytest.raises(ValueError, match=r"tokenizer\.model is missing: copy the tokenizer's files there again"):
+        load_tokenizer(tmp_path / "empty")
     with pytest.raises(ValueError, match="context_length"):
         load_tokenizer(model_file)
     for text in ("{", "[]", '{"kind": "open_clip", "context_length": "8"}'):

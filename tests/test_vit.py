@@ -5,6 +5,8 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 import softmoe_clip.plugin
 from softmoe_clip.models.complexity import image_complexity, mlp_macs, num_parameters, soft_moe_macs
@@ -110,6 +112,25 @@ def test_a_tower_takes_another_resolution_with_the_same_slots():
     tower = timm.create_model("softmoe_vit_demo_patch8_64", num_classes=0)
     tower.set_input_size(96)
     assert tower(torch.randn(1, 3, 96, 96)).shape == (1, SIZES["demo"].width)
+
+
+def test_a_tower_gives_what_its_blocks_give_and_takes_weights_of_another_resolution(tmp_path):
+    tower = timm.create_model("softmoe_vit_demo_patch8_64", num_classes=0).eval()
+    images = torch.randn(1, 3, 64, 64)
+    blocks = timm.create_model("softmoe_vit_demo_patch8_64", features_only=True, out_indices=[1, 3]).eval()
+    blocks.model.load_state_dict(tower.state_dict(), strict=False)
+    found = blocks(images)
+    assert [feature.shape for feature in found] == [(1, 128, 8, 8)] * 2
+    expected = tower.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    for feature, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(feature, other)
+    save_file(tower.state_dict(), tmp_path / "tower.safetensors")
+    file = {"file": str(tmp_path / "tower.safetensors")}
+    large = timm.create_model(
+        "softmoe_vit_demo_patch8_64", pretrained=True, pretrained_cfg_overlay=file, img_size=96, num_classes=0
+    )
+    torch.testing.assert_close(large.pos_embed, resample_abs_pos_embed(tower.pos_embed, [12, 12], num_prefix_tokens=0))
+    assert torch.equal(large.blocks[3].mlp.slot_embed, tower.blocks[3].mlp.slot_embed)
 
 
 def test_a_tower_with_fixed_positions_takes_another_resolution_and_learns_no_positions():

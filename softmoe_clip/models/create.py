@@ -176,6 +176,7 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
         arguments["text_cfg"] = PLACEHOLDER_TEXT
     if kind is not open_clip.CoCa:  # whose output is a dict anyway
         arguments["output_dict"] = output_dict
+        check_no_tokens(arguments, source)
     try:
         model = kind(**arguments)
     except (TypeError, RuntimeError, AssertionError, OSError, KeyError, ValueError) as error:
@@ -190,6 +191,13 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
         check_transformers_sizes(model.text, text_cfg, source)
         model.text.float()  # transformers keeps the precision of the file, half for some
     return model
+
+
+def check_no_tokens(model_cfg: dict, source: str) -> None:
+    """Refuse towers that give their tokens, too: only CoCa's decoder reads them."""
+    for tower in ("vision_cfg", "text_cfg"):
+        if model_cfg[tower].get("output_tokens"):
+            raise ValueError(f"{source}: {tower}.output_tokens is for CoCa alone (multimodal_cfg): leave it out")
 
 
 def check_transformers_sizes(tower: nn.Module, text_cfg: dict, source: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from softmoe_clip.config import MoEConfig
@@ -114,8 +114,8 @@ class ReferenceViT(VisionTransformer):
         return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(ours)}
 
 
-def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: bool, **overrides) -> ReferenceViT:
-    """Build one registered tower; `overrides` are timm's (num_classes, global_pool, img_size, drop rates, ...)."""
+def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: bool, **overrides) -> nn.Module:
+    """Build one registered tower, a ReferenceViT; `overrides` are timm's (num_classes, global_pool, img_size, ...)."""
     size = SIZES[tower.size]
     moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert) if soft else None
     arguments = {
@@ -133,13 +133,22 @@ def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: b
         "norm_layer": NORM,
         "act_layer": "gelu_tanh",
     }
-    return build_model_with_cfg(ReferenceViT, variant, pretrained, **(arguments | overrides))
+    # As timm's own ViTs: positions of weights from a file are resized, and `features_only` gives what blocks give.
+    indices = overrides.pop("out_indices", 3)
+    return build_model_with_cfg(
+        ReferenceViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **(arguments | overrides),
+    )
 
 
 def register(variant: str, tower: Tower, image_size: int, soft: bool) -> None:
     """Make one tower known to `timm.create_model` under its name."""
 
-    def entry(pretrained: bool = False, **overrides) -> ReferenceViT:
+    def entry(pretrained: bool = False, **overrides) -> nn.Module:
         return build(variant, tower, image_size, soft, pretrained, **overrides)
 
     entry.__name__ = entry.__qualname__ = variant

@@ -4,7 +4,11 @@ from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.strict import load_strict
 
 NEEDED = {"model_cfg": ("embed_dim", "vision_cfg", "text_cfg"), "preprocess_cfg": ("mean", "std")}
-CHOICES = {"interpolation": ("bicubic", "bilinear", "random"), "resize_mode": ("shortest", "longest", "squash")}
+CHOICES = {
+    "mode": ("RGB",),
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
 TOWERS = ("image_moe", "text_moe")
 
 
@@ -37,6 +41,13 @@ def check_preprocessing(preprocess: dict, source: str) -> None:
         value = preprocess[name]
         numbers = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
         check(numbers, source, f"preprocess_cfg.{name}", "must be three numbers", value)
+    std = preprocess["std"]
+    check(min(std) > 0, source, "preprocess_cfg.std", "must be above 0, since pictures are divided by it", std)
+    fill = preprocess.get("fill_color", 0)
+    colours = fill if isinstance(fill, list | tuple) and len(fill) == 3 else [fill]
+    check(
+        all(isinstance(x, int) for x in colours), source, "preprocess_cfg.fill_color", "must be one or three ints", fill
+    )
     for name, choices in CHOICES.items():
         value = preprocess.get(name, choices[0])
         check(value in choices, source, f"preprocess_cfg.{name}", f"must be one of {', '.join(choices)}", value)

@@ -102,5 +102,9 @@ def without_padding(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | 
 
 def lecun_normal(*shape: int) -> Float[Tensor, "*shape"]:
     """Draw as jax.nn.initializers.lecun_normal does: the fan-in is every axis but the last (width * num_experts)."""
+    if min(shape) < 1:
+        raise ValueError(
+            f"width, number of experts and slots per expert count from 1, got {', '.join(map(str, shape))}"
+        )
     std = sqrt(1 / prod(shape[:-1])) / TRUNCATED_STD
     return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
