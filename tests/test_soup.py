@@ -5,26 +5,41 @@ import torch
 from safetensors.torch import load_file
 
 from softmoe_clip.config import ModelConfig
-from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.soup import greedy_soup, soup
-from softmoe_clip.models.store import LoadedModel, save, transform_of
+from softmoe_clip.models.store import LoadedModel, load, save, transform_of
 
 WEIGHTS = "open_clip_model.safetensors"
 
 
 @pytest.fixture
-def models(architecture_file, tokenizer_file, tmp_path):
-    """Three models of one architecture, with different weights."""
-    config, tokenizer = ModelConfig(str(architecture_file)), load_tokenizer(tokenizer_file, 12)
-    names = []
-    for seed in range(3):
+def model_at(architecture_file, tokenizer_file, tmp_path):
+    """Write a model folder with weights of its own; return its path."""
+
+    def make(name, seed=0, tokenizer_file=tokenizer_file, **settings):
+        config, tokenizer = ModelConfig(str(architecture_file), **settings), load_tokenizer(tokenizer_file, 12)
         torch.manual_seed(seed)
         model = create_model(config, tokenizer.vocab_size, 12)
         written = folder_config(config, tokenizer.vocab_size, 12)
-        names.append(str(tmp_path / f"model_{seed}"))
-        save(LoadedModel(model, tokenizer, transform_of(model), written), names[-1])
-    return names
+        save(LoadedModel(model, tokenizer, transform_of(model), written), tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def models(model_at):
+    """Three models of one architecture, with different weights."""
+    return [model_at(f"model_{seed}", seed) for seed in range(3)]
+
+
+def changed(folder, out, **sections):
+    """Write a model again, with other values in sections of its config."""
+    loaded = load(folder)
+    sections = {name: loaded.config[name] | section for name, section in sections.items()}
+    save(loaded._replace(config=loaded.config | sections), out)
+    return str(out)
 
 
 def weights(folder):
@@ -84,3 +99,25 @@ def test_the_command_writes_a_model_that_loads(models, softmoe_clip, tmp_path):
     done = softmoe_clip("soup", *models, tmp_path / "out")
     assert done.returncode == 0
     assert (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_another_tokenizer_is_refused_also_one_of_the_same_size(models, model_at, tmp_path):
+    size = load_tokenizer(models[0]).vocab_size
+    captions = [f"zot {a}{b}{c} {c}{b}{a}" for a in "bdfkpz" for b in "aeiou" for c in "gmnrst"]
+    train_tokenizer(captions, tmp_path / "pieces", size)
+    tokenizer = load_tokenizer(tmp_path / "pieces", 12)
+    assert tokenizer.vocab_size == size
+    save(load(models[0])._replace(tokenizer=tokenizer), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other was trained with another tokenizer than .*model_1"):
+        soup([models[1], str(tmp_path / "other")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(models, tmp_path, value):
+    broken = load(models[1])
+    broken.model.visual.proj.data[3, 4] = value
+    save(broken, tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"visual\.proj of .*broken holds NaN or infinity"):
+        soup([models[0], str(tmp_path / "broken")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,15 @@
-"""How the weights of two models differ, in a few words: torch lists every name, over many lines."""
+"""How two models differ, in weights, settings or tokenizers, in a few words: torch lists every name of a weight."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
 Shapes = Mapping[str, Sequence[int]]
+
+PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
 
 
 def shapes_of(state: Mapping) -> dict[str, list[int]]:
@@ -31,3 +37,16 @@ def differences(ours: Shapes, theirs: Shapes, may_miss: Collection[str] = ()) ->
             *(f"{name} is {list(theirs[name])} there, {list(ours[name])} here" for name in other[:1]),
         ]
     )
+
+
+def same_tokenizer(ours: Callable, theirs: Callable) -> bool:
+    """Tell whether two tokenizers give the same ids, for a few sentences, whatever the length of their rows."""
+    return all(agree(ours([text])[0], theirs([text])[0]) for text in PROBES)
+
+
+def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:
+    """Tell whether two rows of ids may be of one tokenizer, where one row may be longer."""
+    length = min(len(ours), len(theirs))
+    if len(ours) != len(theirs):
+        length -= 1  # where the shorter one may have its end token
+    return torch.equal(ours[:length], theirs[:length])

@@ -1,15 +1,12 @@
 """Start a new model from the weights of another one, also at another resolution."""
 
-import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
-from softmoe_clip.models.alike import differences, shapes_of
+from softmoe_clip.models.alike import differences, same_tokenizer, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.store import load
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share
 
-PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
 
 
@@ -28,20 +25,11 @@ def continue_from(model: nn.Module, source: str, tokenizer) -> None:
         raise ValueError(f"init: {source} is not built as `model` says: {error}") from None
     if different := differences(shapes_of(ours), shapes_of(theirs), NEW_WHERE_MISSING):
         raise ValueError(f"init: {source} is not built as `model` says: {different}")
-    for text in PROBES:
-        # Compared after the weights: another vocabulary size has been named by now.
-        if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
-            raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
+    # After the weights: another vocabulary size has been named by now.
+    if not same_tokenizer(tokenizer, loaded.tokenizer):
+        raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
     see_pictures_as(model, preprocessing_of(loaded.model))
-
-
-def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:
-    """Tell whether two rows of ids may be of one tokenizer, where one row may be longer."""
-    length = min(len(ours), len(theirs))
-    if len(ours) != len(theirs):
-        length -= 1  # where the shorter one may have its end token
-    return torch.equal(ours[:length], theirs[:length])
 
 
 def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:

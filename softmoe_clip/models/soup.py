@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.new_folder import refuse_existing
+from softmoe_clip.models.alike import same_tokenizer
 from softmoe_clip.models.store import LoadedModel, load, save
 
 State = dict[str, Tensor]
@@ -85,7 +86,17 @@ def loaded_alike(models: Sequence[str]) -> list[LoadedModel]:
     for name, one in zip(models, loaded, strict=True):
         if one.config is None or one.config != loaded[0].config:
             raise ValueError(f"soup: {name} is not built as {models[0]}: only model folders of one architecture mix")
+        if not same_tokenizer(loaded[0].tokenizer, one.tokenizer):
+            raise ValueError(f"soup: {name} was trained with another tokenizer than {models[0]}: ids are other words")
+        check_finite(name, one.model.state_dict())
     return loaded
+
+
+def check_finite(model: str, state: State) -> None:
+    """Refuse weights that are no numbers: they would spoil the mean."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"soup: {name} of {model} holds NaN or infinity: leave this model out")
 
 
 def mean(states: Sequence[State], shares: Sequence[float]) -> State:
