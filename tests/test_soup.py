@@ -1,15 +1,27 @@
 """Soups: means of weights, uniform, weighted and greedy."""
 
+import json
+import re
+from pathlib import Path
+
+import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from softmoe_clip.config import ModelConfig
+from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.soup import greedy_soup, soup
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.models.upcycle import upcycle
+from softmoe_clip.training.loop import train
 
+NATIVE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 WEIGHTS = "open_clip_model.safetensors"
 
 
@@ -17,11 +29,11 @@ WEIGHTS = "open_clip_model.safetensors"
 def model_at(architecture_file, tokenizer_file, tmp_path):
     """Write a model folder with weights of its own; return its path."""
 
-    def make(name, seed=0, tokenizer_file=tokenizer_file, **settings):
-        config, tokenizer = ModelConfig(str(architecture_file), **settings), load_tokenizer(tokenizer_file, 12)
+    def make(name, seed=0, context_length=12, **settings):
+        tokenizer = load_tokenizer(tokenizer_file, context_length)
+        arguments = ModelConfig(str(architecture_file), **settings), tokenizer.vocab_size, context_length
         torch.manual_seed(seed)
-        model = create_model(config, tokenizer.vocab_size, 12)
-        written = folder_config(config, tokenizer.vocab_size, 12)
+        model, written = create_model(*arguments), folder_config(*arguments)
         save(LoadedModel(model, tokenizer, transform_of(model), written), tmp_path / name)
         return str(tmp_path / name)
 
@@ -99,6 +111,98 @@ def test_the_command_writes_a_model_that_loads(models, softmoe_clip, tmp_path):
     done = softmoe_clip("soup", *models, tmp_path / "out")
     assert done.returncode == 0
     assert (tmp_path / "out" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("model_cfg", {"quick_gelu": True}, "model_cfg.quick_gelu is true, not false"),
+        ("preprocess_cfg", {"mean": [0.4, 0.5, 0.6]}, "preprocess_cfg.mean is [0.4, 0.5, 0.6], not [0.5, 0.5, 0.5]"),
+        ("preprocess_cfg", {"fill_color": 7}, "preprocess_cfg.fill_color is 7, not 0"),
+        ("softmoe", {"image_moe": {"num_experts": 2, "normalize": False}}, "image_moe.normalize is false, not true"),
+    ],
+)
+def test_the_first_setting_that_differs_is_named_with_both_values(
+    model_at, softmoe_clip, tmp_path, section, values, told
+):
+    one = model_at("one", image_moe=MoEConfig(num_experts=2))
+    other = changed(one, tmp_path / "other", **{section: values})
+    done = softmoe_clip("soup", one, other, tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{other} is not built as {one}: " in done.stderr
+    assert told in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"context_length": 9}, "model_cfg.text_cfg.context_length is 12, not 9"),
+        ({"image_moe": MoEConfig(num_experts=2)}, 'softmoe.image_moe.router is null, not "soft"'),
+    ],
+)
+def test_models_of_another_architecture_are_refused(models, model_at, tmp_path, settings, told):
+    other = model_at("other", context_length=settings.pop("context_length", 12), **settings)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        soup([other, models[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_change_a_model_may_differ(models, model_at, tmp_path):
+    text_cfg = load(models[1]).config["model_cfg"]["text_cfg"] | {"mlp_ratio": 4}
+    config = {"model_cfg": {"init_logit_scale": 3.0, "quick_gelu": False, "text_cfg": text_cfg}}
+    config["preprocess_cfg"] = {"fill_color": 0, "mode": "RGB", "size": [32, 32]}
+    other = changed(models[1], tmp_path / "other", **config)
+    dense = model_at("dense", image_moe=MoEConfig(router="dense"))
+    soup([models[0], other, dense], tmp_path / "a")
+    first, second = (
+        model_at(
+            f"moe_{layers}", image_moe=MoEConfig(router="tokens_choice", num_experts=2, layers=layers, noise_std=noise)
+        )
+        for layers, noise in (("last_half", 0.0), ([1], 1.0))
+    )
+    soup([first, second], tmp_path / "b")
+
+
+def test_a_model_without_a_logit_bias_goes_with_that_of_the_others(models, model_at, tmp_path):
+    ends = [models[0], model_at("biased", seed=5, init_logit_bias=-10.0)]
+    for number, shares in enumerate(([1.0, 1.0], [0.0, 1.0], [1.0, 0.0])):
+        mixed = load(soup(ends, tmp_path / f"out_{number}", shares)).model
+        assert mixed.logit_bias.item() == -10
+
+
+@pytest.fixture
+def tagged(tmp_path, monkeypatch):
+    """A small model that open_clip knows by NAME:TAG, where preprocessing is that of the tag."""
+    (tmp_path / "NativeSoup.json").write_text(json.dumps(NATIVE))
+    open_clip.add_model_config(tmp_path / "NativeSoup.json")
+    save_file(open_clip.CLIP(**NATIVE).state_dict(), tmp_path / "weights.safetensors")
+    tag = {"file": str(tmp_path / "weights.safetensors"), "mean": [0.4] * 3, "std": [0.3] * 3}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "NativeSoup", {"mine": tag | {"interpolation": "bilinear"}})
+    return "NativeSoup:mine"
+
+
+@pytest.mark.parametrize("start", ["tag", "open_clip's folder", "upcycled"])
+def test_a_model_of_open_clips_mixes_with_the_run_that_started_from_it(tagged, tiny_config, tmp_path, start):
+    settings, native = ["model.image_moe=null"], tagged
+    if start == "open_clip's folder":
+        native, preprocess = str(tmp_path / "native"), load(tagged).preprocess_cfg
+        Path(native).mkdir()
+        Path(native, "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": NATIVE, "preprocess_cfg": preprocess})
+        )
+        Path(native, WEIGHTS).write_bytes((tmp_path / "weights.safetensors").read_bytes())
+    if start == "upcycled":
+        upcycle(tagged, native := str(tmp_path / "native"), 3)
+        settings = ["model.image_moe.num_experts=3", "model.image_moe.activation=gelu"]
+    settings += [f"init={native}", "model.arch=NativeSoup", "tokenizer=open_clip"]
+    run = str(train(tiny_config("steps=2", "optim.warmup=1", *settings)))
+    first, second = (load(end).model.state_dict() for end in (native, run))
+    expected = {name: (first.get(name, tensor) + tensor) / 2 for name, tensor in second.items()}
+    for number, ends in enumerate(([native, run], [run, native])):
+        mixed = load(soup(ends, tmp_path / f"wise_{number}"))
+        torch.testing.assert_close(dict(mixed.model.state_dict()), expected)
+        assert mixed.preprocess_cfg == load(native).preprocess_cfg
 
 
 def test_another_tokenizer_is_refused_also_one_of_the_same_size(models, model_at, tmp_path):

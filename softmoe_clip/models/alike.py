@@ -1,15 +1,27 @@
 """How two models differ, in weights, settings or tokenizers, in a few words: torch lists every name of a weight."""
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from softmoe_clip.config import MoEConfig
+
 Shapes = Mapping[str, Sequence[int]]
 
 PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
+# Settings of a model that may differ where its weights mean the same: where they started or what acts in training only;
+# names of files; what the names and shapes of weights, or the ids of the tokenizer, tell better.
+NOT_COMPARED = {
+    *("init_logit_scale", "init_logit_bias", "patch_dropout", "timm_drop", "timm_drop_path"),
+    *("noise_std", "importance_loss", "load_loss", "gshard_loss"),
+    *("timm_model_pretrained", "hf_model_pretrained", "hf_model_name", "hf_tokenizer_name"),
+    *("custom_text", "vocab_size", "size"),
+}
 
 
 def shapes_of(state: Mapping) -> dict[str, list[int]]:
@@ -37,6 +49,42 @@ def differences(ours: Shapes, theirs: Shapes, may_miss: Collection[str] = ()) ->
             *(f"{name} is {list(theirs[name])} there, {list(ours[name])} here" for name in other[:1]),
         ]
     )
+
+
+def first_different_setting(ours: dict, theirs: dict) -> str:
+    """Name the first setting of two `open_clip_config.json` that matters and differs, with both values; else ""."""
+    # Through JSON, where tuples are lists.
+    ours, theirs = (flat(json.loads(json.dumps(with_defaults(written)))) for written in (ours, theirs))
+    for key in ours | theirs:
+        there, here = theirs.get(key), ours.get(key)
+        if key.rsplit(".", 1)[-1] not in NOT_COMPARED and there != here:
+            return f"{key} is {json.dumps(there)}, not {json.dumps(here)}"
+    return ""
+
+
+def with_defaults(written: dict) -> dict:
+    """Write out the defaults of an `open_clip_config.json`, so that only what differs is different there."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    model_cfg = {"quick_gelu": False} | written["model_cfg"]
+    model_cfg["vision_cfg"] = asdict(CLIPVisionCfg()) | model_cfg["vision_cfg"]
+    model_cfg["text_cfg"] = asdict(CLIPTextCfg()) | model_cfg["text_cfg"]
+    moe = {tower: asdict(MoEConfig(**settings)) for tower, settings in (written.get("softmoe") or {}).items()}
+    return {
+        "model_cfg": model_cfg,
+        # Which layers hold experts can be said in two ways: the names of weights tell.
+        "softmoe": {tower: one | {"layers": None} for tower, one in moe.items() if one["router"] != "dense"},
+        "preprocess_cfg": merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]),
+    }
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Give each value of nested settings its full name, as in `model_cfg.text_cfg.width`."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def same_tokenizer(ours: Callable, theirs: Callable) -> bool:
