@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
+from softmoe_clip.eval.config import SuiteConfig, TaskConfig
+from softmoe_clip.eval.results import is_rank
+from softmoe_clip.eval.suites import run_suite
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.soup import greedy_soup, soup
-from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.models.store import LoadedModel, load, load_encoder, save, transform_of
 from softmoe_clip.models.upcycle import upcycle
 from softmoe_clip.training.loop import train
 
@@ -74,12 +77,64 @@ def test_weights_are_shares_and_one_alone_gives_that_model_back(models, tmp_path
     assert all(torch.equal(alone[name], second[name]) for name in second)
 
 
-def test_a_greedy_soup_keeps_only_what_helps(models, tmp_path):
-    # The score is how near the projection is to the mean of models 2 and 0, which lies far from model 1.
-    target = (weights(models[0])["visual.proj"] + weights(models[2])["visual.proj"]) / 2
-    taken = greedy_soup(models, tmp_path / "soup", lambda one: -(one.model.visual.proj - target).norm().item())
-    assert sorted(taken) == [models[0], models[2]]
-    torch.testing.assert_close(weights(tmp_path / "soup")["visual.proj"], target)
+def test_a_greedy_soup_adds_from_the_best_on_and_keeps_only_what_helps(models, tmp_path):
+    # The score is how near the logit scale is to 0. In order of index, model 0 would be tried second, and kept.
+    for model, scale in zip(models, (-2.5, -2.0, 1.0), strict=True):
+        loaded = load(model)
+        torch.nn.init.constant_(loaded.model.logit_scale, scale)
+        save(loaded, model)
+    taken = greedy_soup(models, tmp_path / "soup", lambda one: -abs(one.model.logit_scale.item()))
+    assert taken == [models[2], models[1]]
+    mixed, second, first = (weights(folder) for folder in (tmp_path / "soup", *models[1:]))
+    for name, tensor in mixed.items():
+        torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)
+
+
+@pytest.fixture
+def suite(scenes, tmp_path):
+    """A suite file whose second task, on pictures that are not there, is not needed."""
+    tasks = [
+        {"kind": "retrieval", "name": "x", "data": f"{scenes}/val"},
+        {"kind": "negation", "name": "y", "data": "no"},
+    ]
+    (tmp_path / "suite.yaml").write_text(json.dumps({"tasks": tasks}))
+    return tmp_path / "suite.yaml"
+
+
+@pytest.mark.parametrize("metric", ["recall@10", "median_rank"])
+def test_a_greedy_soup_starts_from_the_best_by_a_metric_of_a_suite(
+    models, suite, softmoe_clip, scenes, tmp_path, metric
+):
+    metric = f"retrieval/x/text_to_image/{metric}"
+    one_task = SuiteConfig((TaskConfig("retrieval", "x", f"{scenes}/val"),))
+    values = [run_suite(load_encoder(model, "cpu"), one_task).metrics[metric] for model in models]
+    assert len(set(values)) > 1
+    best = (min if is_rank(metric) else max)(values)
+    settings = ["--device", "cpu", "--precision", "float32", "--batch-size", "7"]
+    done = softmoe_clip("soup", *models, tmp_path / "out", "--suite", suite, "--metric", metric, *settings)
+    assert done.returncode == 0, done.stderr
+    taken = done.stdout.split()
+    assert taken[0] == models[values.index(best)]
+    mixed = run_suite(load_encoder(str(tmp_path / "out"), "cpu"), one_task).metrics[metric]
+    assert mixed <= best if is_rank(metric) else mixed >= best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "--metric must be one of a task of the suite (retrieval/x/..., negation/y/...), got None"),
+        (["--metric", "retrieval/z/recall@1"], "got retrieval/z/recall@1"),
+        (["--metric", "retrieval/x/recall@1"], "must be one of retrieval/x/image_to_text/recall@1, "),
+        (["--metric", "retrieval/x/text_to_image/recall@1", "--device", "cudda"], "device 'cudda' cannot be used here"),
+        (["--metric", "retrieval/x/text_to_image/recall@1", "--precision", "half"], "precision must be one of float32"),
+        (["--metric", "retrieval/x/text_to_image/recall@1", "--batch-size", "0"], "batch_size must be at least 1"),
+    ],
+)
+def test_what_a_greedy_soup_cannot_be_scored_with_is_named(models, suite, softmoe_clip, tmp_path, arguments, told):
+    done = softmoe_clip("soup", *models, tmp_path / "out", "--suite", suite, *arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_named_and_nothing_is_written(models, softmoe_clip, tmp_path):
@@ -89,7 +144,8 @@ def test_mistakes_are_named_and_nothing_is_written(models, softmoe_clip, tmp_pat
         ([*models[:2], tmp_path / "out", "--weights", "1,x"], "numbers with commas"),
         ([*models[:2], tmp_path / "out", "--weights", "1,nan"], "finite"),
         ([*models[:2], tmp_path / "out", "--weights", "1,inf"], "finite"),
-        ([*models[:2], tmp_path / "out", "--metric", "recall"], "--metric is for --suite"),
+        ([*models[:2], tmp_path / "out", "--metric", "recall"], "are for --suite"),
+        ([*models[:2], tmp_path / "out", "--device", "cpu"], "are for --suite"),
         ([*models[:2], tmp_path / "out", "--suite", "s.yaml", "--weights", "1,1"], "--weights or --suite, not both"),
         ([models[0], tmp_path / "gone", tmp_path / "out"], "no model at"),
     ):

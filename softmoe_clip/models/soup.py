@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.new_folder import refuse_existing
+from softmoe_clip.eval.config import SuiteConfig
 from softmoe_clip.models.alike import differences, first_different_setting, same_tokenizer, shapes_of
-from softmoe_clip.models.store import LoadedModel, load, save
+from softmoe_clip.models.store import LoadedModel, load, save, usable_device
 from softmoe_clip.models.upcycle import with_config
 
 State = dict[str, Tensor]
@@ -35,7 +37,10 @@ def soup(models: Sequence[str], out: str | Path, weights: Sequence[float] | None
 
 
 def greedy_soup(models: Sequence[str], out: str | Path, score: Callable[[LoadedModel], float]) -> list[str]:
-    """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it."""
+    """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it.
+
+    `score` is the better the larger it is.
+    """
     refuse_existing(out)
     mixture, states = loaded_alike(models)
     mixture = mixture._replace(model=deepcopy(mixture.model))  # the states stay as they are
@@ -55,19 +60,34 @@ def greedy_soup(models: Sequence[str], out: str | Path, score: Callable[[LoadedM
     return [models[i] for i in taken]
 
 
-def greedy_soup_by_suite(models: Sequence[str], out: str | Path, suite: str | Path, metric: str | None) -> list[str]:
-    """Score by one metric of a suite, the larger the better; never use the split that the final numbers come from."""
-    from softmoe_clip.config import find_config
+def greedy_soup_by_suite(
+    models: Sequence[str],
+    out: str | Path,
+    suite: SuiteConfig,
+    metric: str | None,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int = 64,
+) -> list[str]:
+    """Score by one metric of a suite, running only its task; never use the split that the final numbers come from."""
     from softmoe_clip.eval.encoder import Encoder
-    from softmoe_clip.eval.suites import load_suite, run_suite
+    from softmoe_clip.eval.results import is_rank
+    from softmoe_clip.eval.suites import run_suite
 
-    tasks = load_suite(find_config(suite))
+    tasks = {f"{task.kind}/{task.name}/": task for task in suite.tasks}
+    needed = tuple(task for start, task in tasks.items() if (metric or "").startswith(start))
+    if not needed:
+        known = ", ".join(f"{start}..." for start in tasks)
+        raise ValueError(f"--metric must be one of a task of the suite ({known}), got {metric}")
+    device = usable_device(device)
 
     def score(loaded: LoadedModel) -> float:
-        found = run_suite(Encoder(loaded.model, loaded.tokenizer, loaded.transform, "cpu"), tasks).metrics
+        model = loaded.model.to(device)
+        encoder = Encoder(model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
+        found = run_suite(encoder, replace(suite, tasks=needed)).metrics
         if metric not in found:
-            raise ValueError(f"--metric must be one of the suite's: {', '.join(found)}; got {metric}")
-        return found[metric]
+            raise ValueError(f"--metric must be one of {', '.join(found)}; got {metric}")
+        return -found[metric] if is_rank(metric) else found[metric]
 
     return greedy_soup(models, out, score)
 
