@@ -66,9 +66,11 @@ def soup(
     Example: softmoe-clip soup runs/a runs/b soup --weights 0.7,0.3
     """
     *models, out = models_and_out
-    if suite is None and (metric, device, precision, batch_size) != (None, "auto", "float32", 64):
-        raise ValueError("--metric, --device, --precision and --batch-size are for --suite, which says what to measure")
     if suite is None:
+        if (metric, device, precision, batch_size) != (None, "auto", "float32", 64):
+            raise ValueError(
+                "--metric, --device, --precision and --batch-size are for --suite, which says what to measure"
+            )
         from softmoe_clip.models.soup import numbers, soup
 
         print(soup(models, out, numbers(weights)))
