@@ -118,6 +118,8 @@ def test_files_of_the_user_do_not_pass_for_libraries(working_folder, tiny_yaml, 
     [
         (["train", "{yaml}", "data.train=nowhere"], ["None", "0"]),
         (["eval", "nowhere", "--suite", "{yaml}"], ["None"]),  # no suite: ends before
+        (["soup", "nowhere", "nowhere", "out"], ["None"]),  # runs no tower
+        (["soup", "nowhere", "nowhere", "out", "--suite", "suites/scenes.yaml"], ["None", "0"]),
         (["embed", "nowhere", "nowhere", "out"], ["None", "0"]),
         (["search", "nowhere", "a dog"], ["None"]),
     ],

@@ -1,9 +1,27 @@
-"""How the weights of two models differ, in a few words: torch lists every name, over many lines."""
+"""How two models differ, in weights, settings or tokenizers, in a few words: torch lists every name of a weight."""
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from softmoe_clip.config import MoEConfig, flatten
+
 Shapes = Mapping[str, Sequence[int]]
+
+PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
+# Settings of a model that may differ where its weights mean the same: where they started or what acts in training only;
+# names of files; what the names and shapes of weights, or the ids of the tokenizer, tell better.
+NOT_COMPARED = {
+    *("init_logit_scale", "init_logit_bias", "patch_dropout", "timm_drop", "timm_drop_path"),
+    *("noise_std", "importance_loss", "load_loss", "gshard_loss"),
+    *("timm_model_pretrained", "hf_model_pretrained", "hf_model_name", "hf_tokenizer_name"),
+    *("custom_text", "vocab_size", "size"),
+}
 
 
 def shapes_of(state: Mapping) -> dict[str, list[int]]:
@@ -31,3 +49,44 @@ def differences(ours: Shapes, theirs: Shapes, may_miss: Collection[str] = ()) ->
             *(f"{name} is {list(theirs[name])} there, {list(ours[name])} here" for name in other[:1]),
         ]
     )
+
+
+def first_different_setting(ours: dict, theirs: dict) -> str:
+    """Name the first setting of two `open_clip_config.json` that matters and differs, with both values; else ""."""
+    # Through JSON, where tuples are lists.
+    ours, theirs = (flatten(json.loads(json.dumps(with_defaults(written)))) for written in (ours, theirs))
+    for key in ours | theirs:
+        there, here = theirs.get(key), ours.get(key)
+        if key.rsplit(".", 1)[-1] not in NOT_COMPARED and there != here:
+            return f"{key} is {json.dumps(there)}, not {json.dumps(here)}"
+    return ""
+
+
+def with_defaults(written: dict) -> dict:
+    """Write out the defaults of an `open_clip_config.json`, so that only what differs is different there."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    model_cfg = {"quick_gelu": False} | written["model_cfg"]
+    model_cfg["vision_cfg"] = asdict(CLIPVisionCfg()) | model_cfg["vision_cfg"]
+    model_cfg["text_cfg"] = asdict(CLIPTextCfg()) | model_cfg["text_cfg"]
+    moe = {tower: asdict(MoEConfig(**settings)) for tower, settings in (written.get("softmoe") or {}).items()}
+    return {
+        "model_cfg": model_cfg,
+        # Which layers hold experts can be said in two ways: the names of weights tell.
+        "softmoe": {tower: one | {"layers": None} for tower, one in moe.items() if one["router"] != "dense"},
+        "preprocess_cfg": merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]),
+    }
+
+
+def same_tokenizer(ours: Callable, theirs: Callable) -> bool:
+    """Tell whether two tokenizers give the same ids, for a few sentences, whatever the length of their rows."""
+    return all(agree(ours([text])[0], theirs([text])[0]) for text in PROBES)
+
+
+def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:
+    """Tell whether two rows of ids may be of one tokenizer, where one row may be longer."""
+    length = min(len(ours), len(theirs))
+    if len(ours) != len(theirs):
+        length -= 1  # where the shorter one may have its end token
+    return torch.equal(ours[:length], theirs[:length])

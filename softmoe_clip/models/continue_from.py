@@ -1,16 +1,13 @@
 """Start a new model from the weights of another one, also at another resolution."""
 
-import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
-from softmoe_clip.models.alike import differences, shapes_of
+from softmoe_clip.models.alike import PROBES, differences, same_tokenizer, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.same_function import changed_embeddings, other_experts, tuned_alike
 from softmoe_clip.models.store import LoadedModel, load
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share, spread_parameters
 
-PROBES = ("a photo of a dog on the beach", "Two red circles, 3 blue squares.")
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
 
 
@@ -31,10 +28,9 @@ def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None
     if different := differences(shapes_of(ours), shapes_of(theirs), NEW_WHERE_MISSING):
         experts = other_experts(written, loaded.config)
         raise ValueError(f"init: {source} is not built as `model` says: {experts or different}")
-    for text in PROBES:
-        # Compared after the weights: another vocabulary size has been named by now.
-        if not agree(tokenizer([text])[0], loaded.tokenizer([text])[0]):
-            raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
+    # After the weights: another vocabulary size has been named by now.
+    if not same_tokenizer(tokenizer, loaded.tokenizer):
+        raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
     check_function(model, loaded, source, tokenizer, written)
     see_pictures_as(model, preprocessing_of(loaded.model))
@@ -55,14 +51,6 @@ def check_function(model: nn.Module, loaded: LoadedModel, source: str, tokenizer
             f"init: {source} computes something else from its weights than `model` would ({told}): its architecture "
             "must be that of model.arch also in pooling, heads, causal mask and QuickGELU"
         )
-
-
-def agree(ours: Int64[Tensor, " l"], theirs: Int64[Tensor, " k"]) -> bool:
-    """Tell whether two rows of ids may be of one tokenizer, where one row may be longer."""
-    length = min(len(ours), len(theirs))
-    if len(ours) != len(theirs):
-        length -= 1  # where the shorter one may have its end token
-    return torch.equal(ours[:length], theirs[:length])
 
 
 def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:

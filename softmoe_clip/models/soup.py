@@ -1,6 +1,8 @@
 """Average the weights of models that share a start (Wortsman et al., 2022, arXiv 2203.05482; WiSE-FT, 2109.01903)."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.new_folder import refuse_existing
-from softmoe_clip.models.store import LoadedModel, load, save
+from softmoe_clip.eval.config import SuiteConfig
+from softmoe_clip.models.alike import differences, first_different_setting, same_tokenizer, shapes_of
+from softmoe_clip.models.store import LoadedModel, load, save, usable_device
+from softmoe_clip.models.upcycle import with_config
 
 State = dict[str, Tensor]
 
@@ -25,44 +30,64 @@ def soup(models: Sequence[str], out: str | Path, weights: Sequence[float] | None
         raise ValueError(
             f"soup needs one finite weight for each of the {len(models)} models, with a sum that is not 0; got {shares}"
         )
-    loaded = loaded_alike(models)
-    mixture = loaded[0]
-    mixture.model.load_state_dict(mean([one.model.state_dict() for one in loaded], shares))
+    mixture, states = loaded_alike(models)
+    mixture.model.load_state_dict(mean(states, shares))
     save(mixture, out)
     return Path(out)
 
 
 def greedy_soup(models: Sequence[str], out: str | Path, score: Callable[[LoadedModel], float]) -> list[str]:
-    """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it."""
+    """Add models from the best on, each kept only if the mean scores no worse; write it and return what is in it.
+
+    `score` is the better the larger it is.
+    """
     refuse_existing(out)
-    loaded = loaded_alike(models)
-    scores = [score(one) for one in loaded]
+    mixture, states = loaded_alike(models)
+    mixture = mixture._replace(model=deepcopy(mixture.model))  # the states stay as they are
+
+    def mixed(taken: list[int]) -> LoadedModel:
+        mixture.model.load_state_dict(mean([states[i] for i in taken], [1.0] * len(taken)))
+        return mixture
+
+    scores = [score(mixed([i])) for i in range(len(models))]
     first, *others = sorted(range(len(models)), key=lambda i: -scores[i])
-    states = [{name: tensor.clone() for name, tensor in one.model.state_dict().items()} for one in loaded]
-    mixture, best, taken = loaded[0], scores[first], [first]
+    best, taken = scores[first], [first]
     for i in others:
         tried = [*taken, i]
-        mixture.model.load_state_dict(mean([states[j] for j in tried], [1.0] * len(tried)))
-        if (value := score(mixture)) >= best:
+        if (value := score(mixed(tried))) >= best:
             best, taken = value, tried
-    mixture.model.load_state_dict(mean([states[i] for i in taken], [1.0] * len(taken)))
-    save(mixture, out)
+    save(mixed(taken), out)
     return [models[i] for i in taken]
 
 
-def greedy_soup_by_suite(models: Sequence[str], out: str | Path, suite: str | Path, metric: str | None) -> list[str]:
-    """Score by one metric of a suite, the larger the better; never use the split that the final numbers come from."""
-    from softmoe_clip.config import find_config
+def greedy_soup_by_suite(
+    models: Sequence[str],
+    out: str | Path,
+    suite: SuiteConfig,
+    metric: str | None,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int = 64,
+) -> list[str]:
+    """Score by one metric of a suite, running only its task; never use the split that the final numbers come from."""
     from softmoe_clip.eval.encoder import Encoder
-    from softmoe_clip.eval.suites import load_suite, run_suite
+    from softmoe_clip.eval.results import is_rank
+    from softmoe_clip.eval.suites import run_suite
 
-    tasks = load_suite(find_config(suite))
+    tasks = {f"{task.kind}/{task.name}/": task for task in suite.tasks}
+    needed = tuple(task for start, task in tasks.items() if (metric or "").startswith(start))
+    if not needed:
+        known = ", ".join(f"{start}..." for start in tasks)
+        raise ValueError(f"--metric must be one of a task of the suite ({known}), got {metric}")
+    device = usable_device(device)
 
     def score(loaded: LoadedModel) -> float:
-        found = run_suite(Encoder(loaded.model, loaded.tokenizer, loaded.transform, "cpu"), tasks).metrics
+        model = loaded.model.to(device)
+        encoder = Encoder(model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
+        found = run_suite(encoder, replace(suite, tasks=needed)).metrics
         if metric not in found:
-            raise ValueError(f"--metric must be one of the suite's: {', '.join(found)}; got {metric}")
-        return found[metric]
+            raise ValueError(f"--metric must be one of {', '.join(found)}; got {metric}")
+        return -found[metric] if is_rank(metric) else found[metric]
 
     return greedy_soup(models, out, score)
 
@@ -77,15 +102,33 @@ def numbers(text: str | None) -> list[float] | None:
         raise ValueError(f"--weights must be numbers with commas between, as in 0.7,0.3; got {text}") from None
 
 
-def loaded_alike(models: Sequence[str]) -> list[LoadedModel]:
-    """Load all models; their configs, and so the meaning of each weight, must be the same."""
+def loaded_alike(models: Sequence[str]) -> tuple[LoadedModel, list[State]]:
+    """Load all models and return one to fill, and the weights of each.
+
+    They must be built alike, see pictures alike and read ids alike, for their weights to mean the same.
+    """
     if len(models) < 2:
         raise ValueError("soup needs two models or more, then the folder to write")
-    loaded = [load(model) for model in models]
-    for name, one in zip(models, loaded, strict=True):
-        if one.config is None or one.config != loaded[0].config:
-            raise ValueError(f"soup: {name} is not built as {models[0]}: only model folders of one architecture mix")
-    return loaded
+    loaded = [with_config(load(model), model) for model in models]
+    states = [one.model.state_dict() for one in loaded]
+    for name, one, state in zip(models, loaded, states, strict=True):
+        shapes = shapes_of(states[0]), shapes_of(state)
+        if different := first_different_setting(loaded[0].config, one.config) or differences(*shapes, {"logit_bias"}):
+            raise ValueError(f"soup: {name} is not built as {models[0]}: {different}")
+        if not same_tokenizer(loaded[0].tokenizer, one.tokenizer):
+            raise ValueError(f"soup: {name} was trained with another tokenizer than {models[0]}: ids are other words")
+        check_finite(name, state)
+    # Softmax gives the same with any bias: a model that it has trained has none, and goes with that of the others.
+    if biases := [state["logit_bias"] for state in states if "logit_bias" in state]:
+        states = [{"logit_bias": torch.stack(biases).mean(0)} | state for state in states]
+    return max(loaded, key=lambda one: "logit_bias" in one.model.state_dict()), states
+
+
+def check_finite(model: str, state: State) -> None:
+    """Refuse weights that are no numbers: they would spoil the mean."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"soup: {name} of {model} holds NaN or infinity: leave this model out")
 
 
 def mean(states: Sequence[State], shares: Sequence[float]) -> State:

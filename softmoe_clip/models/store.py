@@ -76,19 +76,20 @@ def load_encoder(model: str | Path, device: str = "auto", precision: str = "floa
     """Load a model and wrap it for evaluation and embedding; `auto` takes a GPU where there is one."""
     from softmoe_clip.eval.encoder import Encoder
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    check_device(device)
+    device = usable_device(device)
     loaded = load(model, device)
     return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that this machine or this build of torch does not have."""
+def usable_device(device: str) -> str:
+    """Choose for `auto`, a GPU where there is one; refuse a device that this machine or this build of torch lacks."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used here ({reason}): try cpu, cuda or auto") from None
+    return device
 
 
 def load_folder(folder: Path) -> LoadedModel:

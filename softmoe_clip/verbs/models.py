@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from softmoe_clip.verbs.search import BatchSize, Device, Precision
+
 
 def summary(
     model: Annotated[str, typer.Argument(help="an architecture's name or JSON, a model, a run")],
@@ -53,23 +55,38 @@ def soup(
     models_and_out: Annotated[list[str], typer.Argument(metavar="MODEL... OUT", help="two models or more, then OUT")],
     weights: Annotated[str | None, typer.Option(help="one for each model, as in 0.7,0.3; equal if not given")] = None,
     suite: Annotated[Path | None, typer.Option(help="greedy: keep a model only where --metric gets no worse")] = None,
-    metric: Annotated[str | None, typer.Option(help="a metric of the suite; larger is better")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="one of the suite, as in retrieval/x/text_to_image/recall@1")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    batch_size: BatchSize = 64,
 ):
     """Average the weights of models that share a start: uniform, weighted (WiSE-FT), or greedy with a suite.
 
     Example: softmoe-clip soup runs/a runs/b soup --weights 0.7,0.3
     """
-    from softmoe_clip.models.soup import greedy_soup_by_suite, numbers, soup
-
     *models, out = models_and_out
-    if suite is not None and weights is not None:
-        raise ValueError("soup takes --weights or --suite, not both: greedy soups count all models the same")
-    if suite is None and metric is not None:
-        raise ValueError("--metric is for --suite, which says what to measure: give one, or leave --metric out")
     if suite is None:
+        if (metric, device, precision, batch_size) != (None, "auto", "float32", 64):
+            raise ValueError(
+                "--metric, --device, --precision and --batch-size are for --suite, which says what to measure"
+            )
+        from softmoe_clip.models.soup import numbers, soup
+
         print(soup(models, out, numbers(weights)))
-    else:
-        print(" ".join(greedy_soup_by_suite(models, out, suite, metric)))
+        return
+    if weights is not None:
+        raise ValueError("soup takes --weights or --suite, not both: greedy soups count all models the same")
+    from softmoe_clip.config import find_config
+    from softmoe_clip.eval.config import load_suite
+    from softmoe_clip.launch import tune_cpu_memory
+
+    tasks = load_suite(find_config(suite))
+    tune_cpu_memory()
+    from softmoe_clip.models.soup import greedy_soup_by_suite
+
+    print(" ".join(greedy_soup_by_suite(models, out, tasks, metric, device, precision, batch_size)))
 
 
 def export_onnx(
