@@ -13,7 +13,8 @@ from PIL import Image
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, open_clip_tokenizer, train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
-from softmoe_clip.models.store import LoadedModel, beside, load, restore_previous, save, transform_of, write_tensors
+from softmoe_clip.models.replaced_folder import beside, restore_previous
+from softmoe_clip.models.store import LoadedModel, load, save, transform_of, write_tensors
 
 CAPTIONS = [
     f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("dog", "cat", "circle", "square")

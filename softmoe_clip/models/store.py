@@ -1,11 +1,8 @@
 """Load a model from a run, a model folder or open_clip's names; write a model folder, whole or not at all."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
 from softmoe_clip.models.alike import differences, shapes_in, shapes_of
 from softmoe_clip.models.create import build, read_json
 from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours, refuse_url
+from softmoe_clip.models.replaced_folder import replaced_folder, restore_previous
 from softmoe_clip.models.tokenizer_fit import check_tokenizer
 from softmoe_clip.models.written import check_written
 
@@ -226,7 +223,7 @@ def save(loaded: LoadedModel, folder: str | Path, weights: dict[str, torch.Tenso
         )
     weights = loaded.model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    with replaced_folder(Path(folder)) as partial:
+    with replaced_folder(Path(folder), CONFIG_FILE) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
         write_tensors(weights, partial / WEIGHTS_FILE)
         save_tokenizer(loaded.tokenizer, partial)
@@ -252,50 +249,3 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error)) from error
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder` and put it in its place at the end; on any error remove it.
-
-    The older folder is only moved aside until the new one is in place; `restore_previous` undoes a death between.
-    """
-    folder = folder.absolute()
-    restore_previous(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a folder to write the model into")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
-        raise ValueError(f"{folder} holds something that is no model: choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, previous = beside(folder, "partial"), beside(folder, "previous")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        shutil.rmtree(previous, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, previous)
-        os.rename(partial, folder)
-        sync(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        restore_previous(folder)
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            # One argument: an errno before it would be printed as `[Errno 28]`.
-            raise OSError(f"no space left while writing {folder}: free some space or choose another folder") from error
-        raise
-
-
-def restore_previous(folder: Path) -> None:
-    """Bring back the folder that a process which died inside `replaced_folder` had moved aside."""
-    folder = folder.absolute()
-    if not folder.exists() and beside(folder, "previous").exists():
-        os.rename(beside(folder, "previous"), folder)
-
-
-def beside(folder: Path, role: str) -> Path:
-    """Name a hidden sibling of a folder."""
-    return folder.with_name(f".{folder.name}.{role}")
