@@ -15,7 +15,8 @@ def trunk_name(model: nn.Module) -> str:
 
 def trunk_features(model: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
     """Run the trunk: what the head takes, or the image embedding before it is normalised."""
-    return getattr(model.visual, "trunk", model.visual)(images)
+    features = getattr(model.visual, "trunk", model.visual)(images)
+    return features[0] if isinstance(features, tuple) else features  # CoCa's tower gives its tokens, too
 
 
 def head(model: nn.Module, features: Float[Tensor, "b d"]) -> Float[Tensor, "b z"]:
