@@ -206,6 +206,23 @@ def test_features_in_half_precision_are_those_of_the_tower(start, tiny_config, t
             check_features(loaded, images[:1], rows[number : number + 1], "features")
 
 
+def test_a_branch_takes_the_features_of_its_own_frozen_tower(start, tiny_config, tmp_path):
+    settings = [*start("seed=7"), "seed=0", f"data.image_features={tmp_path / 'features'}", 'freeze=["^visual"]']
+    trunk = train(tiny_config(*settings, "steps=4", f"out={tmp_path / 'trunk'}"))
+    branch = [*settings, f"init={trunk}/checkpoints/step_00000004", f"out={tmp_path / 'branch'}"]
+    train(tiny_config(*branch, "steps=5"))
+    shutil.rmtree(trunk)
+    shutil.rmtree(tmp_path / "start")
+    assert losses(train(tiny_config(*branch, "steps=6")))[1:]  # a run that goes on needs neither
+
+
+def test_a_branch_refuses_the_features_of_another_tower(start, refused, tiny_config, tmp_path):
+    start()
+    trunk = train(tiny_config("seed=7", "steps=2", f"out={tmp_path / 'trunk'}"))
+    point = [f"init={trunk}/checkpoints/step_00000002", "data.augment=none"]
+    assert "made by another image tower" in refused(*point, f"data.image_features={tmp_path / 'features'}")
+
+
 def test_trunk_features_are_no_embeddings_to_search(start, tmp_path):
     start()
     assert not (tmp_path / "features/text_emb").exists()

@@ -55,8 +55,7 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
     with spread_over(group):
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     trunk = branch_point(config)
-    needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
-    if config.init is not None and needed and trunk is None:
+    if config.init is not None and begun is None and trunk is None:
         continue_from(model, config.init, tokenizer)
         set_logits(model, config.model)
     if begun is not None or trunk is not None:
@@ -76,7 +75,6 @@ def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet | Str
     if data.image_features is not None:
         features = Features(data.image_features)
         features.check(shards)
-        check_picture(features, loaded, shards)
         return features
     if data.augment == "none":
         return Whole(loaded.transform)
