@@ -6,7 +6,7 @@ All three are called with (bytes, number of the sample, generator of the positio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.transforms import Augment, decode_crop
 
+MAKE_IT = "make it again with `softmoe-clip embed MODEL SHARDS FOLDER --features trunk`"
 Picture = Callable[[bytes, int, np.random.Generator], Tensor]
 
 
@@ -61,14 +62,17 @@ class Features:
     @cached_property
     def meta(self) -> dict:
         """What `embed` wrote about the rows; raises ValueError for a folder of something else."""
+        file = Path(self.folder) / "meta.json"
         try:
-            meta = json.loads((Path(self.folder) / "meta.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(f"data.image_features: {self.folder} is no folder that `embed` wrote") from None
-        if meta.get("features") != "trunk":
-            raise ValueError(
-                f"data.image_features: {self.folder} holds unit vectors; write it with `embed --features trunk`"
-            )
+            meta = json.loads(file.read_text("utf-8"))
+        except OSError:
+            raise ValueError(f"data.image_features: {self.folder} is no folder that `embed` wrote: {MAKE_IT}") from None
+        except ValueError:
+            raise ValueError(f"data.image_features: {file} is no JSON: {MAKE_IT}") from None
+        if not isinstance(meta, dict) or meta.get("features") != "trunk":
+            raise ValueError(f"data.image_features: {file} tells of no trunk features: {MAKE_IT}")
+        if lacking := [name for name in ("fingerprint", "num_rows", "width", "rows_per_file") if name not in meta]:
+            raise ValueError(f"data.image_features: {file} does not tell {', '.join(lacking)}: {MAKE_IT}")
         return meta
 
     @cached_property
@@ -76,14 +80,45 @@ class Features:
         """The sample number of each row, ascending."""
         import pyarrow.parquet as pq
 
-        files = sorted((Path(self.folder) / "metadata").glob("*.parquet"))
-        return np.concatenate([pq.read_table(file, columns=["sample"])["sample"].to_numpy() for file in files])
+        def column(file: Path) -> np.ndarray:
+            return pq.read_table(file, columns=["sample"])["sample"].to_numpy()
+
+        return np.concatenate(self.open_parts("metadata/metadata_{:04d}.parquet", column))
 
     @cached_property
     def parts(self) -> list[np.ndarray]:
-        return [np.load(file, mmap_mode="r") for file in sorted((Path(self.folder) / "img_emb").glob("*.npy"))]
+        return self.open_parts("img_emb/img_emb_{:04d}.npy", partial(np.load, mmap_mode="r"), self.meta["width"])
 
-    def check_shards(self, shards: ShardSet) -> None:
-        """Refuse features of other pictures than those of `shards`."""
-        if [Path(url).resolve() for url in shards.urls] != [Path(url).resolve() for url in self.meta["shards"]]:
-            raise ValueError(f"data.image_features: {self.folder} was made of other shards than data.train names")
+    def open_parts(self, name: str, open_part: Callable[[Path], np.ndarray], *width: int) -> list[np.ndarray]:
+        """Open all files of a kind; raises ValueError for one that is missing, damaged or not as meta.json tells."""
+        num_rows, most = self.meta["num_rows"], self.meta["rows_per_file"]
+        opened = []
+        for part, first in enumerate(range(0, num_rows, most)):
+            file, expected = Path(self.folder) / name.format(part), (min(most, num_rows - first), *width)
+            try:
+                opened.append(open_part(file))
+            except (OSError, EOFError, KeyError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"data.image_features: {file} cannot be read ({reason}): {MAKE_IT}") from None
+            if (shape := opened[-1].shape) != expected:
+                raise ValueError(
+                    f"data.image_features: {file} holds {shape}, not {expected} as meta.json says: {MAKE_IT}"
+                )
+        return opened
+
+    def check(self, shards: ShardSet) -> None:
+        """Refuse features of other pictures than those of `shards`, wherever these lie, and a damaged folder."""
+        if self.meta["fingerprint"] != shards.fingerprint():
+            raise ValueError(
+                f"data.image_features: {self.folder} was made of other shards than data.train names, "
+                f"or of these before they were packed again: {MAKE_IT}"
+            )
+        assert len(self.parts) > 0  # all are opened
+        if np.any(np.diff(self.samples) <= 0) or self.samples[-1] >= len(shards):
+            raise ValueError(
+                f"data.image_features: {self.folder}/metadata does not hold samples in their order: {MAKE_IT}"
+            )
+
+    def some_samples(self) -> list[int]:
+        """Name the samples of the first, the middle and the last row."""
+        return sorted({int(self.samples[row]) for row in (0, len(self.samples) // 2, -1)})

@@ -58,6 +58,7 @@ def embed(
         meta = {
             "model": absolute(model_name),
             "shards": [absolute(url) for url in shards.urls],
+            "fingerprint": shards.fingerprint(),
             "num_rows": num_rows,
             "width": width,
             "dtype": dtype,

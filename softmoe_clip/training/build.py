@@ -58,8 +58,7 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
     check_tokenizer(model, tokenizer, f"tokenizer {config.tokenizer}")
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
     trunk = branch_point(config)
-    needed = begun is None or config.data.image_features is not None  # which are compared with the trunk's own
-    if config.init is not None and needed and trunk is None:
+    if config.init is not None and begun is None and trunk is None:
         continue_from(model, config.init, tokenizer, written)
         set_logits(model, config.model)
     if begun is not None or trunk is not None:
@@ -77,14 +76,19 @@ def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet | Str
     data = config.data
     if data.image_features is not None:
         features = Features(data.image_features)
-        features.check_shards(shards)
-        first = int(features.samples[0])
-        image = decode_rgb(read_pair(shards.read(first)).image)
-        check_features(loaded, image, features(b"", first, np.random.default_rng()), data.image_features)
+        features.check(shards)
         return features
     if data.augment == "none":
         return Whole(loaded.transform)
     return RandomCrop(loaded.image_size, Augment(crop_scale=data.crop_scale, flip=data.flip))
+
+
+def check_picture(picture: Picture, loaded: LoadedModel, shards: ShardSet | Stream) -> None:
+    """Refuse features that another trunk made than the model's; its weights must be those that the run begins with."""
+    if isinstance(picture, Features):
+        samples, rng = picture.some_samples(), np.random.default_rng()
+        images = [decode_rgb(read_pair(shards.read(sample)).image) for sample in samples]
+        check_features(loaded, images, torch.stack([picture(b"", s, rng) for s in samples]), picture.folder)
 
 
 def run_towers(config: TrainConfig, towers: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from softmoe_clip.data_pipelines.train_set import statement
 from softmoe_clip.models.create import preprocessing_of
 from softmoe_clip.models.store import save
 from softmoe_clip.training.branch import branch_off
+from softmoe_clip.training.build import check_picture
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, shared_state, whole_weights
 from softmoe_clip.training.distributed import (
     any_process,
@@ -65,7 +66,10 @@ def train(config: TrainConfig) -> Path:
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
     scaler = accelerator.scaler  # of fp16 alone
     warn = say if is_main else lambda text: None
-    branched = branch_off(config, towers, optimizer, ema, scaler, warn) if newest_step(run) == 0 else None
+    branched = None
+    if newest_step(run) == 0:  # a run that goes on has the features that it began with: `begin` compares the files
+        branched = branch_off(config, towers, optimizer, ema, scaler, warn)
+        check_picture(setup.picture, loaded, shards)
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
         begin(run, config, shards, preprocessing_of(towers))
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))

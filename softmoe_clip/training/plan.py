@@ -13,6 +13,7 @@ from softmoe_clip.data_pipelines.mixture import Mixture
 from softmoe_clip.models.store import without_downloads
 from softmoe_clip.models.summary import FLOAT32, as_size, counted
 from softmoe_clip.training.branch import branch_off
+from softmoe_clip.training.build import check_picture
 from softmoe_clip.training.distributed import make_accelerator
 from softmoe_clip.training.expert_parallel import average_expert_gradients, check_spread
 from softmoe_clip.training.freeze import in_words, train_mode
@@ -39,6 +40,7 @@ def print_plan(config: TrainConfig) -> None:
     check_spread(setup.towers, config.expert_parallel)
     rows = [*model_rows(config, setup), *memory_rows(config, setup, num_processes)]
     branched = branch_off(here, setup.towers, setup.optimizer, setup.ema, accelerator.scaler, tell=lambda text: None)
+    check_picture(setup.picture, setup.loaded, setup.shards)
     num_steps = config.last_step - (branched.step if branched is not None else 0)
     seconds, memory = timed_steps(here, setup, accelerator)
     rows += [("peak memory of a step", as_size(memory)), *time_rows(config, setup, seconds, num_steps)]
