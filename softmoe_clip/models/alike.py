@@ -10,6 +10,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from softmoe_clip.config import MoEConfig, flatten
+from softmoe_clip.data_pipelines.strict import load_strict
+from softmoe_clip.models.written import TOWERS
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -70,13 +72,20 @@ def with_defaults(written: dict) -> dict:
     model_cfg = {"quick_gelu": False} | written["model_cfg"]
     model_cfg["vision_cfg"] = asdict(CLIPVisionCfg()) | model_cfg["vision_cfg"]
     model_cfg["text_cfg"] = asdict(CLIPTextCfg()) | model_cfg["text_cfg"]
-    moe = {tower: asdict(MoEConfig(**settings)) for tower, settings in (written.get("softmoe") or {}).items()}
+    experts = {tower: config for tower in TOWERS if (config := experts_of(written, tower)) is not None}
     return {
         "model_cfg": model_cfg,
         # Which layers hold experts can be said in two ways: the names of weights tell.
-        "softmoe": {tower: one | {"layers": None} for tower, one in moe.items() if one["router"] != "dense"},
+        "softmoe": {tower: asdict(config) | {"layers": None} for tower, config in experts.items()},
         "preprocess_cfg": merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]),
     }
+
+
+def experts_of(written: dict | None, tower: str) -> MoEConfig | None:
+    """Return what an `open_clip_config.json` says of a tower's experts, None where it has none."""
+    settings = ((written or {}).get("softmoe") or {}).get(tower)
+    config = None if settings is None else load_strict(MoEConfig, settings)
+    return None if config is None or config.router == "dense" else config
 
 
 def same_tokenizer(ours: Callable, theirs: Callable) -> bool:

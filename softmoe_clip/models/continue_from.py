@@ -6,6 +6,7 @@ from softmoe_clip.models.alike import PROBES, differences, same_tokenizer, shape
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.same_function import changed_embeddings, other_experts, tuned_alike
 from softmoe_clip.models.store import LoadedModel, load
+from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share, spread_parameters
 
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
@@ -25,9 +26,9 @@ def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None
         theirs = own_share(theirs, model)
     except OtherExperts as error:
         raise ValueError(f"init: {source} is not built as `model` says: {error}") from None
-    if different := differences(shapes_of(ours), shapes_of(theirs), NEW_WHERE_MISSING):
-        experts = other_experts(written, loaded.config)
-        raise ValueError(f"init: {source} is not built as `model` says: {experts or different}")
+    shapes = shapes_of(ours), shapes_of(theirs)
+    if different := other_experts(written, loaded.config) or differences(*shapes, NEW_WHERE_MISSING):
+        raise ValueError(f"init: {source} is not built as `model` says: {different}")
     # After the weights: another vocabulary size has been named by now.
     if not same_tokenizer(tokenizer, loaded.tokenizer):
         raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
@@ -38,12 +39,10 @@ def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None
 
 def check_function(model: nn.Module, loaded: LoadedModel, source: str, tokenizer, written: dict | None) -> None:
     """Refuse a model that computes something else from its weights than the one they come from did."""
-    if experts := other_experts(written, loaded.config):
-        raise ValueError(f"init: {source} is not built as `model` says: {experts}")
     if spread_parameters(model):
         return  # a share of the experts alone gives no embedding
     rows = [each(list(PROBES)) for each in (tokenizer, loaded.tokenizer)]
-    towers = [tower for tower in ("image_moe", "text_moe") if tuned_alike(written, loaded.config, tower)]
+    towers = [tower for tower in TOWERS if tuned_alike(written, loaded.config, tower)]
     changed = changed_embeddings(model, loaded.model, min(rows, key=lambda row: row.shape[1]), tuple(towers))
     if changed:
         told = " and ".join(f"{name} embeddings differ by {100 * change:.3g} %" for name, change in changed.items())

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from softmoe_clip.data_pipelines.strict import load_strict
+from softmoe_clip.models.alike import experts_of
+from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe_config import MoEConfig
 
 # What changes a layer's function and no shape; capacities, noise and losses may change from run to run.
@@ -17,16 +18,9 @@ SAME = 1e-5  # of an embedding's length: float error, where weights and function
 TUNED = {"capacity_factor", "capacity_rounding", "capacity_multiple_of", "top_k", "bpr", "group_size"}
 
 
-def experts_of(written: dict | None, tower: str) -> MoEConfig | None:
-    """Return what an `open_clip_config.json` says of a tower's experts, None where it has none."""
-    settings = ((written or {}).get("softmoe") or {}).get(tower)
-    config = None if settings is None else load_strict(MoEConfig, settings)
-    return None if config is None or config.router == "dense" else config
-
-
 def other_experts(ours: dict | None, theirs: dict | None) -> str:
     """Say which settings of experts make `ours` another function than `theirs`, and what to write instead."""
-    for tower in ("image_moe", "text_moe"):
+    for tower in TOWERS:
         mine, other = experts_of(ours, tower), experts_of(theirs, tower)
         if other is None and mine is not None:
             return f"it has no experts there, leave model.{tower} out"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.new_folder import refuse_existing
 from softmoe_clip.data_pipelines.tokenizers import open_clip_tokenizer
+from softmoe_clip.models.alike import experts_of
 from softmoe_clip.models.comparison import check_finite, embedded, pairs_to_compare
 from softmoe_clip.models.create import build, preprocessing_of
-from softmoe_clip.models.same_function import experts_of, in_yaml
+from softmoe_clip.models.same_function import in_yaml
 from softmoe_clip.models.store import (
     LoadedModel,
     check_known,
@@ -25,6 +26,7 @@ from softmoe_clip.models.store import (
     transform_of,
     without_downloads,
 )
+from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe.install import tower_blocks, tower_label
 from softmoe_clip.moe.upcycle import Mode, upcycle_tower
 
@@ -100,7 +102,7 @@ def upcycle(
 def to_train_on(out: str | Path) -> str:
     """Return the settings with which a run starts from what was upcycled, beside those of the dense model's run."""
     _, written = read_folder(Path(out))
-    experts = {tower: experts_of(written, tower) for tower in ("image_moe", "text_moe")}
+    experts = {tower: experts_of(written, tower) for tower in TOWERS}
     chosen = [f"'model.{tower}={in_yaml(config)}'" for tower, config in experts.items() if config is not None]
     return " ".join([f"init={out}", *chosen])
 
