@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from softmoe_clip.moe.products import bmm
+
 # gelu_tanh is the reference's; the others are those of dense models that become experts.
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -33,8 +35,8 @@ class Experts(nn.Module):
         b, e, s, d = slots.shape
         # baddbmm on (e, d, f) weights was the fastest of twelve forms on CPU; the test holds the einsum it must equal.
         rows = slots.transpose(0, 1).reshape(e, b * s, d)
-        hidden = ACTIVATIONS[self.activation](torch.baddbmm(self.b_in[:, None], rows, self.w_in))
-        return torch.baddbmm(self.b_out[:, None], hidden, self.w_out).view(e, b, s, d).transpose(0, 1)
+        hidden = ACTIVATIONS[self.activation](bmm(rows, self.w_in, self.b_in[:, None]))
+        return bmm(hidden, self.w_out, self.b_out[:, None]).view(e, b, s, d).transpose(0, 1)
 
     def extra_repr(self) -> str:
         e, d, f = self.w_in.shape

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softmoe_clip.moe import stats
 from softmoe_clip.moe.expert_parallel import new_experts
+from softmoe_clip.moe.products import bmm
 from softmoe_clip.moe.weights import CosineLogits, MaskedSoftmax, inverse_norm
 
 # Standard deviation of a standard normal cut at +-2: what JAX divides by so that the drawn numbers have the stated one.
@@ -68,11 +69,11 @@ class SoftMoE(nn.Module):
         """Mix the raw tokens into slots (they are normalised for the logits only), run the experts, mix back."""
         routing = self.route(tokens, mask)
         dispatch, combine = (weights.flatten(2).to(tokens.dtype) for weights in routing)
-        slots = dispatch.transpose(1, 2) @ without_padding(tokens, mask)
+        slots = bmm(dispatch.transpose(1, 2), without_padding(tokens, mask))
         if stats.is_collecting():
             stats.report(self.label, routing.dispatch, routing.combine, slots, self.router_scale, mask)
         slots = self.experts(slots.unflatten(1, routing.dispatch.shape[2:]))
-        return combine @ slots.flatten(1, 2)
+        return bmm(combine, slots.flatten(1, 2).contiguous())
 
     @property
     def c_fc(self) -> "WithWeight":

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from softmoe_clip.moe.products import onednn, takes_onednn
+
 # Inside the square root, as in the reference's code; the paper's x / (|x| + eps) differs for tiny vectors.
 NORM_EPS = 1e-6
 
@@ -21,7 +23,8 @@ class CosineLogits(torch.autograd.Function):
         inverse = inverse_norm(exact, -1)
         ctx.save_for_backward(tokens, slots, inverse)
         # Dividing the logits by the tokens' norms instead of the tokens saves a copy of the tokens.
-        return (exact @ slots).mul_(inverse)
+        with onednn(takes_onednn(exact)):
+            return (exact @ slots).mul_(inverse)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b n k"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "d k"]]:
@@ -30,8 +33,9 @@ class CosineLogits(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives, which would take what forward computed for a constant
             inverse = inverse_norm(exact, -1)
         grad = grad * inverse
-        grad_slots = exact.flatten(0, 1).T @ grad.flatten(0, 1)
-        grad_exact = grad @ slots.T
+        with onednn(takes_onednn(exact)):
+            grad_slots = exact.flatten(0, 1).T @ grad.flatten(0, 1)
+            grad_exact = grad @ slots.T
         # What changes a token's length changes no cosine: sum over k of grad * logits is the token's own projection.
         along = torch.einsum("bnd,bnd->bn", grad_exact, exact)[..., None]
         return torch.addcmul(grad_exact, exact, along * inverse.square(), value=-1).to(tokens.dtype), grad_slots
