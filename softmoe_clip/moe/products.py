@@ -1,14 +1,16 @@
-"""Batched matrix products in float32, on CPUs where torch's usual library leaves half of the machine idle by the other.
+"""Float32 matrix products on CPUs where torch's usual library leaves half of the machine idle.
 
-torch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors only. oneDNN, which torch also
-carries, takes it on AMD's too, and is 2.2 times as fast there. torch has no switch for that choice alone: it hands
-float32 products to oneDNN only where bfloat16 inside of them is allowed. Kernels that round so exist for AMX, nowhere
-else; without AMX what runs is oneDNN's plain float32 kernel. `onednn_is_exact` asks the machine itself.
+torch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors only. oneDNN, which torch carries
+too, takes it on AMD's as well, and is 2.2 times as fast there. torch has no switch for that choice alone: it hands
+float32 products to oneDNN only where bfloat16 inside of them is allowed. Kernels that round so are made for AMX, which
+AMD's processors do not have; without it oneDNN's plain float32 kernel runs, as its own log says (ONEDNN_VERBOSE=1:
+brg_matmul:avx512_core). `onednn_is_exact` asks the machine itself.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from threading import Lock
 
 import torch
 from jaxtyping import Float
@@ -18,14 +20,14 @@ from torch import Tensor
 def bmm(
     left: Float[Tensor, "e m i"], right: Float[Tensor, "e i o"], bias: Float[Tensor, "e 1 o"] | None = None
 ) -> Float[Tensor, "e m o"]:
-    """Multiply matrix by matrix and add the bias; as torch.bmm and torch.baddbmm, to float error."""
-    if takes_onednn(left) and right.dtype == torch.float32:
+    """Multiply matrix by matrix and add the bias: torch.bmm or torch.baddbmm, by the faster library."""
+    if takes_onednn(left) and right.dtype == left.dtype:
         return _Product.apply(left, right, bias)
     return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
 
 
 class _Product(torch.autograd.Function):
-    """A product whose backward runs with the same library."""
+    """A product whose gradients, of every order, are products by the same library."""
 
     generate_vmap_rule = True  # for torch.func
 
@@ -35,58 +37,72 @@ class _Product(torch.autograd.Function):
             return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        left, right, _ = inputs
-        ctx.save_for_backward(left, right)
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Float[Tensor, "e m o"]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         for_left, for_right, for_bias = ctx.needs_input_grad
-        grad = grad.contiguous()  # a sum's gradient is one number everywhere, which each product would spread out anew
+        grad = grad.contiguous()  # that of a sum is one number for all, which each product would spread out anew
         return (
-            bmm(grad, right.mT) if for_left else None,
+            gradient_of_left(left, right, grad) if for_left else None,
             bmm(left.mT, grad) if for_right else None,
             grad.sum(1, keepdim=True) if for_bias else None,
         )
 
 
+def gradient_of_left(left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+    """Return grad @ right^T, lying in memory as `left` does: what computed a transposed matrix goes on faster."""
+    return bmm(right, grad.mT).mT if left.mT.is_contiguous() else bmm(grad, right.mT)
+
+
+def products_with(tensor: Tensor) -> AbstractContextManager:
+    """Let products with this tensor run by the faster library inside; outside of autograd's view only."""
+    return onednn() if takes_onednn(tensor) else nullcontext()
+
+
 def takes_onednn(tensor: Tensor) -> bool:
-    """Say whether products with this tensor go to oneDNN: float32 on such a CPU, not compiled, not under autocast."""
-    return (
-        tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and onednn_is_faster()
-    )
+    """Say whether its products go to oneDNN: float32 on such a CPU, neither compiled nor under autocast."""
+    if torch.compiler.is_compiling() or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return not torch.is_autocast_enabled("cpu") and onednn_is_faster()
+
+
+_lock = Lock()
+_num_inside = 0
+_before = ""
 
 
 @contextmanager
-def onednn(use: bool = True) -> Iterator[None]:
-    """Let oneDNN do float32 products inside; only where `takes_onednn`."""
+def onednn() -> Iterator[None]:
+    """Give float32 products inside to oneDNN. torch's setting is the whole process's: the last thread puts it back."""
+    global _num_inside, _before
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if use:
-        matmul.fp32_precision = "bf16"
+    with _lock:
+        if _num_inside == 0:
+            _before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        _num_inside += 1
     try:
         yield
     finally:
-        if use:
-            matmul.fp32_precision = before
+        with _lock:
+            _num_inside -= 1
+            if _num_inside == 0:
+                matmul.fp32_precision = _before
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Say whether this is a CPU of AMD's with AVX-512, without AMX, where oneDNN computes float32 in float32."""
+    """Say whether this is a CPU of AMD's with AVX-512 and without AMX, where oneDNN computes float32 in float32."""
     cpu = torch.cpu.get_capabilities()
-    named_amd = "AMD" in cpu.get("cpu_name", "")
-    return named_amd and cpu.get("avx512_bw", False) and not cpu.get("amx_tile", False) and onednn_is_exact()
+    has = cpu.get("avx512_bw", False) and not cpu.get("amx_tile", False)
+    return has and "AMD" in cpu.get("cpu_name", "") and onednn_is_exact()
 
 
 def onednn_is_exact() -> bool:
-    """Multiply whole numbers that float32 holds and bfloat16 does not, and look at each result."""
-    values = torch.arange(64 * 48, dtype=torch.float32).remainder(512).reshape(1, 64, 48)
+    """Multiply whole numbers of nine bits, which bfloat16 cuts; float32 holds them and all their sums."""
+    numbers = torch.arange(64 * 48).remainder(512).view(1, 64, 48)
     with onednn():
-        found = torch.bmm(values, values.mT)
-    return torch.equal(found.double(), values.double() @ values.double().mT)
+        found = torch.bmm(numbers.float(), numbers.float().mT)
+    return torch.equal(found.long(), numbers @ numbers.mT)

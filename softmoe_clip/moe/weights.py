@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmoe_clip.moe.products import onednn, takes_onednn
+from softmoe_clip.moe.products import products_with
 
 # Inside the square root, as in the reference's code; the paper's x / (|x| + eps) differs for tiny vectors.
 NORM_EPS = 1e-6
@@ -23,7 +23,7 @@ class CosineLogits(torch.autograd.Function):
         inverse = inverse_norm(exact, -1)
         ctx.save_for_backward(tokens, slots, inverse)
         # Dividing the logits by the tokens' norms instead of the tokens saves a copy of the tokens.
-        with onednn(takes_onednn(exact)):
+        with products_with(exact):
             return (exact @ slots).mul_(inverse)
 
     @staticmethod
@@ -33,7 +33,7 @@ class CosineLogits(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives, which would take what forward computed for a constant
             inverse = inverse_norm(exact, -1)
         grad = grad * inverse
-        with onednn(takes_onednn(exact)):
+        with products_with(exact):
             grad_slots = exact.flatten(0, 1).T @ grad.flatten(0, 1)
             grad_exact = grad @ slots.T
         # What changes a token's length changes no cosine: sum over k of grad * logits is the token's own projection.
