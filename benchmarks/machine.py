@@ -15,7 +15,8 @@ def machine(device: str = "cpu") -> str:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-        chip = f"{os.cpu_count()} cores of {cpu}"
+        wide = " with AVX-512" if any(line.startswith("flags") and " avx512f " in line for line in lines) else ""
+        chip = f"{os.cpu_count()} cores of {cpu}{wide}"
     return f"{chip}, {platform.system()}, Python {platform.python_version()}"
 
 
