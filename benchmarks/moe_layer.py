@@ -4,11 +4,11 @@
     python benchmarks/moe_layer.py --images 64 --width 384 --tokens 196 --experts 128
 
 Forward and backward, float32 (or --precision bf16). Every layer lives in a process of its own; they take turns, and
-medians are compared. On Linux without a GPU each is timed twice: in a plain process, and with the allocator's settings
-that `softmoe-clip train` starts with (softmoe_clip/launch.py). One large matrix product is timed beside them: no layer
-made of matrix products is faster on that machine. soft-mixture-of-experts has no layer of two linears: what it puts in
-its place, a dense first linear and experts for the second one only, is timed. Peers that are not installed are left
-out. Results go into a JSON beside this file.
+medians are compared. On Linux without a GPU each is timed twice: in a plain process, and in one that keeps memory, as
+`softmoe-clip train` does (softmoe_clip/launch.py). One large matrix product is timed beside them: what torch's usual
+library reaches on that machine at best (ours may take another one: softmoe_clip/moe/products.py).
+soft-mixture-of-experts has no layer of two linears: what it puts in its place, a dense first linear and experts for the
+second one only, is timed. Peers that are not installed are left out. Results go into a JSON beside this file.
 
 The settings ask for huge pages, which a machine that has run for hours may not have: as root, before,
 `echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory` (587 ms, 813 ms without, on the same EPYC).

@@ -29,7 +29,7 @@ from turns import TUNED, serve, take_turns
 
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.strict import load_strict, read_yaml
-from softmoe_clip.launch import tune_cpu_memory
+from softmoe_clip.launch import keep_cpu_memory
 
 # Of the dense tower's 64 tokens a picture, 56 slots leave room for the soft routing's own FLOPs; 16 sparse experts
 # take 4 tokens each. Forward FLOPs of all towers lie within 3 %.
@@ -54,7 +54,7 @@ HELD_OUT = {"imagenette": "val", "cifar10": "test"}
 
 def main() -> None:
     options = read_options()
-    tune_cpu_memory()
+    keep_cpu_memory()
     if options.train:
         name, seed = options.train.rsplit(":", 1)
         train(options, name, int(seed))

@@ -3,8 +3,8 @@
     python benchmarks/towers.py --images 32
 
 Every tower lives in a process of its own; they take turns, and medians are compared. float32, or --precision bf16. On
-Linux without a GPU all do so twice: in plain processes, then with the allocator's settings that `embed` and `eval`
-start with (softmoe_clip/launch.py); not all at once, since the Soft MoE tower alone takes 15 GB in float32. --towers
+Linux without a GPU all do so twice: in plain processes, then in such as keep memory, as `embed` and `eval` do
+(softmoe_clip/launch.py); not all at once, since the Soft MoE tower alone takes 15 GB in float32. --towers
 takes other names of timm's. Results go into a JSON beside this file.
 """
 

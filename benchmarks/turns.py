@@ -16,7 +16,7 @@ TUNED, PLAIN = "tuned", "plain"
 def take_turns(contestants: list[tuple[str, str]], rounds: int) -> dict[tuple[str, str], float]:
     """Start this program once for each (name, memory) with `--work-on name`; return median seconds of a step.
 
-    `memory` is plain, or tuned: the allocator's settings that `softmoe-clip train` starts with on a CPU. A process
+    `memory` is plain, or tuned: kept from step to step, as `softmoe-clip train` keeps it on a CPU. A process
     that ends before its first step is left out: it has said why on stderr.
     """
     workers = {key: start(*key) for key in contestants}

@@ -26,7 +26,7 @@ from upcycling_picture import LAYERS, MODES, draw, mean_recall
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.strict import load_strict, read_yaml
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig
-from softmoe_clip.launch import tune_cpu_memory
+from softmoe_clip.launch import keep_cpu_memory
 
 # The slots of SoftMoE-demo: its forward FLOPs are 1 % above those of the dense tower.
 NUM_EXPERTS, SLOTS_PER_EXPERT = 14, 4
@@ -52,7 +52,7 @@ class Start(NamedTuple):
 
 def main() -> None:
     options = read_options()
-    tune_cpu_memory()
+    keep_cpu_memory()
     options.shards = options.shards or packed(options)
     options.dense = options.dense or options.work / "dense"
     starts = [Start("dense", None, seed) for seed in range(options.seeds)]

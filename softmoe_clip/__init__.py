@@ -14,6 +14,7 @@ PUBLIC = {
     "ModelConfig": "softmoe_clip.config",
     "MoEConfig": "softmoe_clip.config",
     "SoftMoE": "softmoe_clip.moe",
+    "keep_cpu_memory": "softmoe_clip.launch",
 }
 __all__ = ["__version__", *PUBLIC]
 

@@ -137,7 +137,7 @@ def softmoe_clip(monkeypatch, capsys):
     """Run the command line in this process; return its exit status, stdout and stderr."""
     from softmoe_clip.cli import main
 
-    for name, value in CPU_MEMORY.items():  # else `train` would start this process, pytest, again
+    for name, value in CPU_MEMORY.items():  # else `train` would set this process, pytest, too
         monkeypatch.setenv(name, value)
 
     def run(*arguments):

@@ -35,7 +35,7 @@ def _run(arguments: list[str], folder: Path, told: Path, environment: dict[str, 
     os.setsid()
     os.chdir(folder)
     os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    # The allocator's settings keep `train` from starting this process anew.
+    # What the environment sets, `train` leaves alone: the fork server's children keep the allocator that they have.
     os.environ.update({"OMP_NUM_THREADS": "1", "SOFTMOE_CLIP_QUIET": "1", **CPU_MEMORY, **environment})
     torch.set_num_threads(1)
     sys.argv = ["softmoe-clip", *arguments]

@@ -112,23 +112,53 @@ def test_files_of_the_user_do_not_pass_for_libraries(working_folder, tiny_yaml, 
     assert "wrong file" not in done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+# Where a large block lies: in the heap, which is kept, or in a mapping of its own, which goes back to the system.
+PLACE = """
+import atexit, ctypes, softmoe_clip
+
+@atexit.register
+def tell():
+    block = bytearray(64 << 20)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    with open("/proc/self/maps") as maps:
+        heaps = [line.split()[0].split("-") for line in maps if line.rstrip().endswith("[heap]")]
+    print("kept" if any(int(low, 16) <= start < int(high, 16) for low, high in heaps) else "given back")
+
+"""
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
+
+
+def where_blocks_go(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    plain = {name: value for name, value in os.environ.items() if name not in CPU_MEMORY} | environment
+    command = [sys.executable, "-c", PLACE + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=plain)
+
+
+@ON_LINUX
 @pytest.mark.parametrize(
     ("arguments", "seen"),
     [
-        (["train", "{yaml}", "data.train=nowhere"], ["None", "0"]),
-        (["eval", "nowhere", "--suite", "{yaml}"], ["None"]),  # no suite: ends before
-        (["soup", "nowhere", "nowhere", "out"], ["None"]),  # runs no tower
-        (["soup", "nowhere", "nowhere", "out", "--suite", "suites/scenes.yaml"], ["None", "0"]),
-        (["embed", "nowhere", "nowhere", "out"], ["None", "0"]),
-        (["search", "nowhere", "a dog"], ["None"]),
+        (["train", "{yaml}", "data.train=nowhere"], "kept"),
+        (["eval", "nowhere", "--suite", "{yaml}"], "given back"),  # no suite: ends before
+        (["soup", "nowhere", "nowhere", "out"], "given back"),  # runs no tower
+        (["soup", "nowhere", "nowhere", "out", "--suite", "suites/scenes.yaml"], "kept"),
+        (["embed", "nowhere", "nowhere", "out"], "kept"),
+        (["search", "nowhere", "a dog"], "given back"),
     ],
 )
-def test_verbs_that_run_towers_start_once_more_with_the_allocators_settings(tiny_yaml, arguments, seen):
-    code = "import os; print(os.environ.get('MALLOC_MMAP_MAX_')); from softmoe_clip.cli import main; main()"
+def test_verbs_that_run_towers_keep_memory(tiny_yaml, arguments, seen):
     arguments = [str(tiny_yaml) if argument == "{yaml}" else argument for argument in arguments]
-    plain = {name: value for name, value in os.environ.items() if name not in CPU_MEMORY}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=plain)
+    done = where_blocks_go("from softmoe_clip.cli import main; main()", *arguments)
     assert done.returncode == 2
-    assert done.stdout.split() == seen
+    assert done.stdout.split("\n") == [seen, ""]
     assert done.stderr.count("\n") == 1
+
+
+@ON_LINUX
+def test_any_program_keeps_memory_with_one_call_and_what_the_user_has_set_holds():
+    call = "softmoe_clip.keep_cpu_memory()"
+    assert where_blocks_go("").stdout == "given back\n"
+    assert where_blocks_go(call).stdout == "kept\n"
+    assert where_blocks_go(call, MALLOC_MMAP_MAX_="65536", MALLOC_MMAP_THRESHOLD_="131072").stdout == "given back\n"
+    shown = where_blocks_go(call + "; import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])", THP_MEM_ALLOC_ENABLE="0")
+    assert shown.stdout == "0\nkept\n"

@@ -80,10 +80,10 @@ def soup(
         raise ValueError("soup takes --weights or --suite, not both: greedy soups count all models the same")
     from softmoe_clip.config import find_config
     from softmoe_clip.eval.config import load_suite
-    from softmoe_clip.launch import tune_cpu_memory
+    from softmoe_clip.launch import keep_cpu_memory
 
     tasks = load_suite(find_config(suite))
-    tune_cpu_memory()
+    keep_cpu_memory()
     from softmoe_clip.models.soup import greedy_soup_by_suite
 
     print(" ".join(greedy_soup_by_suite(models, out, tasks, metric, device, precision, batch_size)))

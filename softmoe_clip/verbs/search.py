@@ -24,10 +24,10 @@ def eval(
     """
     from softmoe_clip.config import find_config
     from softmoe_clip.eval.config import load_suite
-    from softmoe_clip.launch import tune_cpu_memory
+    from softmoe_clip.launch import keep_cpu_memory
 
     tasks = load_suite(find_config(suite))
-    tune_cpu_memory()
+    keep_cpu_memory()
     from softmoe_clip.eval.results import print_results
     from softmoe_clip.eval.suites import run_suite
     from softmoe_clip.models.store import load_encoder
@@ -62,9 +62,9 @@ def embed(
 
     Example: softmoe-clip embed runs/a shards/val embeddings
     """
-    from softmoe_clip.launch import tune_cpu_memory
+    from softmoe_clip.launch import keep_cpu_memory
 
-    tune_cpu_memory()
+    keep_cpu_memory()
     from softmoe_clip.models.store import load_encoder
     from softmoe_clip.search.embed import embed
 

@@ -29,9 +29,9 @@ def demo(
 
     Example: softmoe-clip demo --data my_pictures --out demo
     """
-    from softmoe_clip.launch import tune_cpu_memory
+    from softmoe_clip.launch import keep_cpu_memory
 
-    tune_cpu_memory()
+    keep_cpu_memory()
     from softmoe_clip.demo import demo
 
     with exit_when_stopped():
@@ -53,10 +53,10 @@ def train(
     """
     from softmoe_clip.config import TrainConfig, find_config
     from softmoe_clip.data_pipelines.strict import load_strict
-    from softmoe_clip.launch import tune_cpu_memory
+    from softmoe_clip.launch import keep_cpu_memory
 
     settings = load_strict(TrainConfig, find_config(config), overrides or [])
-    tune_cpu_memory()
+    keep_cpu_memory()
     if plan:
         from softmoe_clip.training.plan import print_plan
 
