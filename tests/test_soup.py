@@ -194,7 +194,7 @@ def test_the_first_setting_that_differs_is_named_with_both_values(
     ("settings", "told"),
     [
         ({"context_length": 9}, "model_cfg.text_cfg.context_length is 12, not 9"),
-        ({"image_moe": MoEConfig(num_experts=2)}, 'softmoe.image_moe.router is null, not "soft"'),
+        ({"image_moe": MoEConfig(num_experts=2)}, "its image tower has no experts"),
     ],
 )
 def test_models_of_another_architecture_are_refused(models, model_at, tmp_path, settings, told):
@@ -202,6 +202,12 @@ def test_models_of_another_architecture_are_refused(models, model_at, tmp_path, 
     with pytest.raises(ValueError, match=re.escape(told)):
         soup([other, models[0]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_model_alone_are_told_as_such(models, model_at, tmp_path):
+    dense = model_at("dense")
+    with pytest.raises(ValueError, match=r"its image tower has experts \(soft\)"):
+        soup([dense, model_at("soft", image_moe=MoEConfig(num_experts=2))], tmp_path / "out")
 
 
 def test_what_does_not_change_a_model_may_differ(models, model_at, tmp_path):

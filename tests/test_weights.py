@@ -97,3 +97,20 @@ def test_a_layers_second_derivatives_agree_with_finite_differences():
     mask = torch.arange(5) < torch.tensor([[5], [3]])
     assert torch.autograd.gradgradcheck(lambda x: layer(x), tokens)
     assert torch.autograd.gradgradcheck(lambda x: layer(x, mask), tokens)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
+def test_torch_func_gives_the_gradients_of_each_example(mask):
+    layer, tokens = SoftMoE(D, E, S, hidden=7).double(), drawn(B, N, D)
+    weights = dict(layer.named_parameters())
+
+    def energy(weights, example, real=None):
+        real = None if real is None else real[None]
+        return torch.func.functional_call(layer, weights, (example[None], real)).square().sum()
+
+    given = (tokens,) if mask is None else (tokens, mask)
+    found = torch.func.vmap(torch.func.grad(energy), in_dims=(None, *(0 for _ in given)))(weights, *given)
+    for i in range(B):
+        expected = torch.autograd.grad(energy(weights, *(value[i] for value in given)), weights.values())
+        for name, gradient in zip(weights, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient)

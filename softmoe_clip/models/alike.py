@@ -55,6 +55,11 @@ def differences(ours: Shapes, theirs: Shapes, may_miss: Collection[str] = ()) ->
 
 def first_different_setting(ours: dict, theirs: dict) -> str:
     """Name the first setting of two `open_clip_config.json` that matters and differs, with both values; else ""."""
+    for tower in TOWERS:
+        if experts_of(ours, tower) is None and (there := experts_of(theirs, tower)) is not None:
+            return f"its {tower.removesuffix('_moe')} tower has experts ({there.router})"
+        if experts_of(theirs, tower) is None and experts_of(ours, tower) is not None:
+            return f"its {tower.removesuffix('_moe')} tower has no experts"
     # Through JSON, where tuples are lists.
     ours, theirs = (flatten(json.loads(json.dumps(with_defaults(written)))) for written in (ours, theirs))
     for key in ours | theirs:

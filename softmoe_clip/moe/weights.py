@@ -17,21 +17,24 @@ NORM_EPS = 1e-6
 class CosineLogits(torch.autograd.Function):
     """tokens (b, n, d), divided by their norms, times slots (d, k), in the slots' precision."""
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx, tokens: Float[Tensor, "b n d"], slots: Float[Tensor, "d k"]) -> Float[Tensor, "b n k"]:
+    def forward(tokens: Float[Tensor, "b n d"], slots: Float[Tensor, "d k"]) -> Float[Tensor, "b n k"]:
         exact = tokens.to(slots.dtype)
-        inverse = inverse_norm(exact, -1)
-        ctx.save_for_backward(tokens, slots, inverse)
-        # Dividing the logits by the tokens' norms instead of the tokens saves a copy of the tokens.
         with products_with(exact):
-            return (exact @ slots).mul_(inverse)
+            # Dividing the logits by the tokens' norms instead of the tokens saves a copy of the tokens.
+            return (exact @ slots).mul_(inverse_norm(exact, -1))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b n k"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "d k"]]:
-        tokens, slots, inverse = ctx.saved_tensors
+        tokens, slots = ctx.saved_tensors
         exact = tokens.to(slots.dtype)
-        if torch.is_grad_enabled():  # for second derivatives, which would take what forward computed for a constant
-            inverse = inverse_norm(exact, -1)
+        inverse = inverse_norm(exact, -1)
         grad = grad * inverse
         with products_with(exact):
             grad_slots = exact.flatten(0, 1).T @ grad.flatten(0, 1)
@@ -44,14 +47,18 @@ class CosineLogits(torch.autograd.Function):
 class MaskedSoftmax(torch.autograd.Function):
     """Softmax of logits (b, n, k) along `dim`, over real tokens only; masked tokens get zeros, also where all are."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, logits: Float[Tensor, "b n k"], mask: Bool[Tensor, "b n"], dim: int) -> Float[Tensor, "b n k"]:
+    def forward(logits: Float[Tensor, "b n k"], mask: Bool[Tensor, "b n"], dim: int) -> Float[Tensor, "b n k"]:
         # A finite fill and a product: an example without any real token gives zeros, where -inf would give NaN.
         filled = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
-        weights = filled.softmax(dim).mul_(mask[..., None])
-        ctx.save_for_backward(weights)
-        ctx.dim = dim
-        return weights
+        return filled.softmax(dim).mul_(mask[..., None])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.dim = inputs[2]
 
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "b n k"]) -> tuple[Float[Tensor, "b n k"], None, None]:
