@@ -204,7 +204,7 @@ def work(options) -> None:
     settings = config(options, options.work_on, 0, options.folder / "timing", 1, measured=False)
     loaded = build(settings)
     optimizer = make_optimizer(loaded.model, settings.optim)
-    images = torch.randn(options.batch_size, 3, loaded.image_size, loaded.image_size)
+    images = torch.randn(options.batch_size, 3, *loaded.picture_size)
     token_ids = loaded.tokenizer(["a picture of a thing"] * options.batch_size)
 
     def step() -> float:

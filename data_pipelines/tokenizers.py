@@ -1,10 +1,7 @@
 """From captions to ids: sentencepiece as the reference uses it, CLIP's BPE and transformers' through open_clip."""
 
-import io
 import json
 import os
-from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,8 +12,6 @@ SETTINGS_FILE = "softmoe_tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 # Any of them makes a folder one of transformers': its fast tokenizers, their settings, BERT's words, T5's pieces.
 TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
-# The trainer skips sentences over 4,192 bytes; 1,000 characters are at most 4,000.
-MAX_TRAINING_CHARACTERS = 1000
 # CLIP's BPE knows every byte and has no longer pieces: what is cut off beyond could not have become an id. The other
 # kinds are not cut: one unknown id of theirs stands for any number of characters.
 CLIP_CHARACTERS_PER_ID = 32
@@ -112,18 +107,19 @@ class OpenClipTokenizer:
 class TransformersTokenizer:
     """A tokenizer in a folder of transformers' (or a name on the hub), through open_clip's own `HFTokenizer`.
 
+    `options` are what a text_cfg says of it: open_clip's `tokenizer_mode` and what is in its `tokenizer_kwargs`.
     Nothing that the folder holds is executed. Padding goes to the right; special tokens survive the cut.
     """
 
-    def __init__(self, source: str | Path, context_length: int):
+    def __init__(self, source: str | Path, context_length: int, options: dict | None = None):
         # Its threads would not survive the fork of a loader's workers; open_clip says so, too, but only when imported.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from open_clip.tokenizer import HFTokenizer
 
         check_context_length(context_length)
-        self.context_length = context_length
+        self.context_length, self.options = context_length, dict(options or {})
         try:
-            self.tokenizer = HFTokenizer(str(source), context_length, trust_remote_code=False)
+            self.tokenizer = HFTokenizer(str(source), context_length, **{**self.options, "trust_remote_code": False})
         except Exception as error:  # a damaged file fails in many ways, and each of them means the same to the user
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{source} holds no tokenizer that transformers can load: {reason}") from None
@@ -131,10 +127,9 @@ class TransformersTokenizer:
         inner.padding_side = inner.truncation_side = "right"
         if inner.pad_token_id is None:
             raise ValueError(f"the tokenizer in {source} has no padding token: set its pad_token")
+        check_vocabulary(inner, source)
         self.vocab_size, self.pad_id = len(inner), inner.pad_token_id
-        *before, last = inner("a").input_ids
-        # One that begins a caption, too, does not tell its end.
-        self.eos_id = last if last in inner.all_special_ids and last not in before else None
+        self.eos_id = end_token(inner, self.options)
 
     def __call__(self, captions: str | list[str]) -> Tensor:
         """Turn b captions into int64 (b, l); a lone one is a list of one."""
@@ -146,7 +141,37 @@ class TransformersTokenizer:
         """Write transformers' own files, and the settings."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        write_settings(folder, "transformers", self.context_length)
+        write_settings(folder, "transformers", self.context_length, self.options)
+
+
+def end_token(inner, options: dict) -> int | None:
+    """Return the id that ends every caption of a tokenizer of transformers', used with open_clip's options, if any."""
+    if options.get("tokenizer_mode") == "clips":  # which puts it after the padding
+        return inner.cls_token_id
+    *before, last = inner("a").input_ids
+    if options.get("strip_sep_token") and last == inner.sep_token_id:
+        return None
+    # One that begins a caption, too, does not tell its end.
+    return last if last in inner.all_special_ids and last not in before else None
+
+
+def check_vocabulary(inner, source: str | Path) -> None:
+    """Refuse a tokenizer without words, which transformers makes of a folder that has lost the file with them."""
+    if len(inner) <= len(inner.all_special_ids):
+        raise ValueError(f"the tokenizer in {source} knows no words: copy its files there again, tokenizer.json first")
+
+
+def options_in(text_cfg: dict) -> dict:
+    """Return how open_clip makes a text tower's tokenizer of transformers'."""
+    mode = text_cfg.get("tokenizer_mode")
+    return (text_cfg.get("tokenizer_kwargs") or {}) | ({} if mode is None else {"tokenizer_mode": mode})
+
+
+def set_options(text_cfg: dict, options: dict) -> None:
+    """Write into a text_cfg what `options_in` reads, so that open_clip makes the same ids with a model's folder."""
+    if options != options_in(text_cfg):
+        text_cfg["tokenizer_mode"] = options.get("tokenizer_mode")
+        text_cfg["tokenizer_kwargs"] = {name: value for name, value in options.items() if name != "tokenizer_mode"}
 
 
 def open_clip_tokenizer(context_length: int = 77) -> OpenClipTokenizer:
@@ -154,9 +179,10 @@ def open_clip_tokenizer(context_length: int = 77) -> OpenClipTokenizer:
     return OpenClipTokenizer(context_length)
 
 
-def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
+def load_tokenizer(source: str | Path, context_length: int | None = None, options: dict | None = None) -> Tokenizer:
     """Load from a folder that `save` or transformers wrote, or a sentencepiece file; `context_length` wins over theirs.
 
+    `options` are those of a tokenizer of transformers' whose folder does not say them.
     Raises ValueError where nothing says how long the rows are, or what kind of tokenizer it is.
     """
     source = Path(source)
@@ -172,43 +198,8 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
     if settings["kind"] == "open_clip":
         return OpenClipTokenizer(context_length)
     if settings["kind"] == "transformers":
-        return TransformersTokenizer(source, context_length)
+        return TransformersTokenizer(source, context_length, settings.get("options", options))
     return SentencePieceTokenizer(source / MODEL_FILE if source.is_dir() else source, context_length)
-
-
-def train_tokenizer(captions: Iterable[str], out_file: str | Path, vocab_size: int = 2000) -> None:
-    """Train a sentencepiece BPE model on lower-cased captions; the same captions always give the same bytes.
-
-    The vocabulary gets smaller by itself where the captions don't hold that many pieces. End token 1, as in the
-    reference. Raises ValueError without captions.
-    """
-    from sentencepiece import SentencePieceTrainer
-
-    texts = (text for caption in captions if (text := spaced(caption)[:MAX_TRAINING_CHARACTERS].lower()))
-    first = next(texts, None)
-    if first is None:
-        raise ValueError("a tokenizer needs captions to train on, and there are none: check the shards' .txt members")
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=chain([first], texts),
-            model_writer=model,
-            # With few different words, unigram prunes words apart into letters; BPE keeps them whole.
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=0.9995,
-            num_threads=1,
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=3,
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the line of C++ that found it
-        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these captions ({reason})") from None
-    write_whole(Path(out_file), model.getvalue())
 
 
 def in_list(captions: str | list[str]) -> list[str]:
@@ -232,9 +223,10 @@ def check_context_length(context_length: int) -> None:
         raise ValueError(f"context_length must be 2 or more, got {context_length}")
 
 
-def write_settings(folder: str | Path, kind: str, context_length: int) -> None:
+def write_settings(folder: str | Path, kind: str, context_length: int, options: dict | None = None) -> None:
     """Say in the folder which tokenizer it is."""
-    text = json.dumps({"kind": kind, "context_length": context_length}, indent=2) + "\n"
+    settings = {"kind": kind, "context_length": context_length} | ({} if options is None else {"options": options})
+    text = json.dumps(settings, indent=2) + "\n"
     write_whole(Path(folder) / SETTINGS_FILE, text.encode())
 
 
@@ -252,7 +244,9 @@ def read_settings(folder: Path) -> dict:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings["kind"]
-        if not isinstance(settings.get("context_length"), int | None):
+        if not isinstance(settings.get("context_length"), int | None) or not isinstance(
+            settings.get("options", {}), dict
+        ):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{file} is damaged: it should hold a kind and a context_length") from None

@@ -109,7 +109,7 @@ def make_shards(data: str | None, out: Path) -> None:
 def make_tokenizer(out: Path) -> None:
     """Train a sentencepiece tokenizer on the training captions, unless it is done already."""
     from softmoe_clip.data_pipelines.samples import all_captions
-    from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
+    from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
     if not (out / "tokenizer.model").exists():
         train_tokenizer(all_captions(ShardSet.open(str(out / "shards/train"))), out / "tokenizer.model")

@@ -76,7 +76,7 @@ def tokenizer_file(scenes, tmp_path_factory):
     """A sentencepiece model of the scenes' captions."""
     from softmoe_clip.data_pipelines.samples import all_captions
     from softmoe_clip.data_pipelines.tar_index import ShardSet
-    from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
+    from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(all_captions(ShardSet.open(str(scenes / "train"))), file, vocab_size=100)

@@ -14,7 +14,8 @@ from tars import write_tar
 from softmoe_clip import clip_benchmark
 from softmoe_clip.clip_benchmark import accuracy, with_defaults
 from softmoe_clip.config import ModelConfig, MoEConfig
-from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, train_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig
 from softmoe_clip.eval.suites import run_suite
 from softmoe_clip.models.create import create_model, folder_config

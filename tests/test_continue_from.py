@@ -149,6 +149,26 @@ def test_capacity_and_noise_may_change(tiny_config, tmp_path, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
 
 
+def test_another_capacity_hides_no_other_function(tiny_config, architecture_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sparse = "model.image_moe={router: tokens_choice, num_experts: 4}"
+    train(tiny_config("steps=1", "optim.warmup=0", "out=source", sparse))
+    other_heads = architecture(tmp_path, json.loads(architecture_file.read_text()), head_width=8)
+    changed = "model.image_moe={router: tokens_choice, num_experts: 4, capacity_factor: 2.0}"
+    with pytest.raises(ValueError, match="computes something else"):
+        build(tiny_config("out=second", "init=source", f"model.arch={other_heads}", changed))
+
+
+def test_weights_that_are_no_numbers_are_told_as_such(folder_of, architecture_file):
+    folder, source, tokenizer = folder_of(architecture_file)
+    with torch.no_grad():
+        source.visual.proj[0] = torch.nan
+    save(load(folder)._replace(model=source), folder)
+    model = create_model(ModelConfig(str(architecture_file)), tokenizer.vocab_size, 12)
+    with pytest.raises(ValueError, match=r"init: visual\.proj of .* holds NaN or infinity"):
+        continue_from(model, folder, tokenizer)
+
+
 def test_another_tokenizer_is_refused(folder_of, architecture_file):
     folder, _, tokenizer = folder_of(architecture_file)
     model = create_model(ModelConfig(str(architecture_file)), tokenizer.vocab_size, 12)

@@ -170,6 +170,25 @@ def test_an_unknown_architecture_is_one_sentence(arch, message):
             r"vision_cfg.output_tokens is for CoCa alone \(multimodal_cfg\): leave it out",
         ),
         ('{"embed_dim": 64, "vision_cfg": null, "text_cfg": {}}', "vision_cfg must be an object, got None"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"image_size": 32, "patch_size": 64}, "text_cfg": {}}',
+            "vision_cfg.patch_size 64 is larger than its pictures, of 32 pixels",
+        ),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"image_size": [32, 0]}, "text_cfg": {}}',
+            r"vision_cfg.image_size must be 1 or more, got '\[32, 0\]'",
+        ),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"head_width": 0}, "text_cfg": {}}',
+            "vision_cfg.head_width must be 1 or more",
+        ),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"context_length": 0}}', "context_length must be 1 or more"),
+        ('{"embed_dim": 8, "vision_cfg": {"timm_model_name": 3}, "text_cfg": {}}', "describes no model .*: .*int"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"width": 16, "layers": 1, "head_width": 8}, '
+            '"text_cfg": {"width": 16, "heads": 2, "layers": 1, "pool_type": "foo"}}',
+            "describes no model that can be built: .*pool",
+        ),
     ],
 )
 def test_a_wrong_architecture_file_is_one_sentence(tmp_path, content, message):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from softmoe_clip.data_pipelines.scenes import train_sample, write_scenes
 from softmoe_clip.data_pipelines.scenes_held_out import long_samples, val_samples
-from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.demo import MOST_PASSES, demo_config
 
 

@@ -11,7 +11,8 @@ from fake_hub import hub
 from PIL import Image
 
 from softmoe_clip.config import ModelConfig, MoEConfig
-from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, open_clip_tokenizer, train_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, open_clip_tokenizer
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.hub import is_ours
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of

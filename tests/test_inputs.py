@@ -21,7 +21,7 @@ def test_a_tokenizer_trained_anew_under_the_same_name_is_refused_with_the_differ
 ):
     from softmoe_clip.data_pipelines.samples import all_captions
     from softmoe_clip.data_pipelines.tar_index import ShardSet
-    from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
+    from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
     settings = (f"tokenizer={own_tokenizer}", "optim.schedule=constant")
     run = train(tiny_config(*settings, "steps=3"))

@@ -140,7 +140,7 @@ def test_gates_and_dropout_that_experts_have_not_are_refused(overrides, told):
         install(timm_tower(**overrides), SMALL)
 
 
-@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "tnt_s_legacy_patch16_224"])
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "tnt_s_legacy_patch16_224", "hiera_tiny_224"])
 def test_towers_whose_tokens_are_of_another_kind_are_refused(name):
     with torch.device("meta"):
         tower = timm.create_model(name)

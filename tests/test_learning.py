@@ -11,7 +11,7 @@ from softmoe_clip.config import find_config
 from softmoe_clip.data_pipelines.samples import all_captions
 from softmoe_clip.data_pipelines.scenes import write_scenes
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.eval.results import load_results
 
 pytestmark = pytest.mark.slow

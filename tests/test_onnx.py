@@ -15,8 +15,8 @@ from softmoe_clip.data_pipelines.tokenizers import (
     TransformersTokenizer,
     load_tokenizer,
     open_clip_tokenizer,
-    train_tokenizer,
 )
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.models import onnx as module
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.onnx import UnitVectors, difference, export_onnx, write_tower

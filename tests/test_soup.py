@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softmoe_clip.config import ModelConfig, MoEConfig
-from softmoe_clip.data_pipelines.tokenizers import load_tokenizer, train_tokenizer
+from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig
 from softmoe_clip.eval.results import is_rank
 from softmoe_clip.eval.suites import run_suite

@@ -193,6 +193,12 @@ def test_rows_in_another_order_are_refused(start, refused, tmp_path):
         assert "made by another image tower" in refused(*settings)
 
 
+def test_features_of_pictures_that_are_routed_together_are_refused(start, refused, tmp_path):
+    grouped = "model.image_moe={router: tokens_choice, num_experts: 2, group_size: 4}"
+    settings = [*start(grouped), grouped, f"data.image_features={tmp_path / 'features'}"]
+    assert "routes 4 pictures together (group_size)" in refused(*settings)
+
+
 def test_features_in_half_precision_are_those_of_the_tower(start, tiny_config, tmp_path):
     settings = [*start(precision="bf16", dtype="float16"), f"data.image_features={tmp_path / 'features'}"]
     config = tiny_config(*settings, 'freeze=["^visual"]')

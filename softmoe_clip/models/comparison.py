@@ -27,7 +27,7 @@ SENTENCES = (
 
 
 class Pairs(NamedTuple):
-    """Transformed pictures (b, 3, r, r) and captions to compare on, not always as many, and what to call both."""
+    """Transformed pictures (b, 3, y, x) and captions to compare on, not always as many, and what to call both."""
 
     images: Tensor
     captions: list[str]
@@ -49,7 +49,7 @@ def pairs_to_compare(loaded: LoadedModel, pictures: str | None) -> Pairs:
     """Return up to 64 transformed pictures and captions; noise and a few sentences where there are none."""
     names = "pictures of random pixels, for want of real ones", "sentences of our own, for want of captions"
     if pictures is None:
-        shape = (NUM_PAIRS // 4, 3, loaded.image_size, loaded.image_size)
+        shape = (NUM_PAIRS // 4, 3, *loaded.picture_size)
         return Pairs(torch.randn(shape, generator=torch.Generator().manual_seed(0)), list(SENTENCES), names)
     folder = Path(pictures)
     is_folder = folder.is_dir() and not any(folder.glob("*.tar"))

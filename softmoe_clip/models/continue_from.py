@@ -4,9 +4,8 @@ from torch import Tensor, nn
 
 from softmoe_clip.models.alike import PROBES, differences, same_tokenizer, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
-from softmoe_clip.models.same_function import changed_embeddings, other_experts, tuned_alike
+from softmoe_clip.models.same_function import changed_embeddings, other_experts
 from softmoe_clip.models.store import LoadedModel, load
-from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe.expert_parallel import OtherExperts, own_share, spread_parameters
 
 NEW_WHERE_MISSING = {"logit_bias"}  # a model trained with the softmax loss has none
@@ -32,18 +31,20 @@ def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None
     # After the weights: another vocabulary size has been named by now.
     if not same_tokenizer(tokenizer, loaded.tokenizer):
         raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
+    damaged = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise ValueError(f"init: {damaged[0]} of {source} holds NaN or infinity: take another checkpoint of it")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
-    check_function(model, loaded, source, tokenizer, written)
+    check_function(model, loaded, source, tokenizer)
     see_pictures_as(model, preprocessing_of(loaded.model))
 
 
-def check_function(model: nn.Module, loaded: LoadedModel, source: str, tokenizer, written: dict | None) -> None:
+def check_function(model: nn.Module, loaded: LoadedModel, source: str, tokenizer) -> None:
     """Refuse a model that computes something else from its weights than the one they come from did."""
     if spread_parameters(model):
         return  # a share of the experts alone gives no embedding
     rows = [each(list(PROBES)) for each in (tokenizer, loaded.tokenizer)]
-    towers = [tower for tower in TOWERS if tuned_alike(written, loaded.config, tower)]
-    changed = changed_embeddings(model, loaded.model, min(rows, key=lambda row: row.shape[1]), tuple(towers))
+    changed = changed_embeddings(model, loaded.model, min(rows, key=lambda row: row.shape[1]))
     if changed:
         told = " and ".join(f"{name} embeddings differ by {100 * change:.3g} %" for name, change in changed.items())
         raise ValueError(

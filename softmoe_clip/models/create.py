@@ -1,6 +1,7 @@
 """Build two-tower models: open_clip's own classes, with our text tower and Soft MoE layers where asked for."""
 
 import json
+import traceback
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -10,7 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from softmoe_clip.config import ModelConfig, MoEConfig
+from softmoe_clip.data_pipelines.strict import load_strict
 from softmoe_clip.models.starts import start_quickly
+from softmoe_clip.models.written import check_sizes
 
 # How new models see pictures, as in the reference: values from -1 to 1, the whole picture squashed into a square.
 NEW_MODEL_PREPROCESS = {
@@ -134,12 +137,12 @@ def build(written: dict, output_dict: bool = True, source: str = "the model conf
     import softmoe_clip.plugin  # noqa: F401  makes our towers known to timm
     from softmoe_clip.moe.install import install
 
-    moe = written.get("softmoe", {})
+    moe = {tower: load_strict(MoEConfig, settings) for tower, settings in (written.get("softmoe") or {}).items()}
     model = build_dense(written["model_cfg"], "text_moe" in moe, output_dict, source)
     if "image_moe" in moe:
-        install(model.visual, MoEConfig(**moe["image_moe"]))
+        install(model.visual, moe["image_moe"])
     if "text_moe" in moe:
-        install(model.text, MoEConfig(**moe["text_moe"]))
+        install(model.text, moe["text_moe"])
     check_image_size(model.visual, source)
     check_width(model.visual, written["model_cfg"]["embed_dim"], source)
     see_pictures_as(model, merge_preprocess_dict(PreprocessCfg(), written["preprocess_cfg"]))
@@ -177,10 +180,12 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
     if kind is not open_clip.CoCa:  # whose output is a dict anyway
         arguments["output_dict"] = output_dict
         check_no_tokens(arguments, source)
+    check_sizes(model_cfg, source)
     try:
         model = kind(**arguments)
-    except (TypeError, RuntimeError, AssertionError, OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (TypeError, RuntimeError, AssertionError, OSError, LookupError, ValueError, AttributeError) as error:
+        # An assertion without words is told by its own line.
+        reason = " ".join(str(error).split())[:300] or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"{source} describes no model that can be built: {reason}") from None
     if ours:
         from softmoe_clip.models.text import build_text_tower

@@ -132,7 +132,7 @@ def example(loaded: LoadedModel, tower: str, rows: int) -> Tensor:
     """Draw noise as pictures; as captions, real ones and as many rows of random ids."""
     generator = torch.Generator().manual_seed(rows)
     if tower == "image":
-        return torch.randn(rows, 3, loaded.image_size, loaded.image_size, generator=generator)
+        return torch.randn(rows, 3, *loaded.picture_size, generator=generator)
     token_ids = torch.as_tensor(loaded.tokenizer(CAPTIONS[:rows]))
     vocab_size = getattr(loaded.model, "text", loaded.model).vocab_size
     return torch.cat([token_ids, torch.randint(vocab_size, token_ids.shape, generator=generator)])

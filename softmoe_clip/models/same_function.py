@@ -2,20 +2,20 @@
 
 import json
 from dataclasses import asdict, fields
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from softmoe_clip.models.alike import experts_of
-from softmoe_clip.models.written import TOWERS
+from softmoe_clip.models.written import TOWERS, sides
+from softmoe_clip.moe.sparse import SparseMoE
 from softmoe_clip.moe_config import MoEConfig
 
 # What changes a layer's function and no shape; capacities, noise and losses may change from run to run.
 FIXED = ("router", "normalize", "activation")
 SAME = 1e-5  # of an embedding's length: float error, where weights and function are the same
-TUNED = {"capacity_factor", "capacity_rounding", "capacity_multiple_of", "top_k", "bpr", "group_size"}
+TUNED = ("capacity", "top_k", "bpr", "group_size")  # of a sparse router, which a run may set anew
 
 
 def other_experts(ours: dict | None, theirs: dict | None) -> str:
@@ -36,30 +36,32 @@ def in_yaml(config: MoEConfig) -> str:
     return "{" + ", ".join(f"{name}: {json.dumps(value)}" for name, value in chosen.items()) + "}"
 
 
-def tuned_alike(ours: dict | None, theirs: dict | None, tower: str) -> bool:
-    """Tell whether nothing about a tower's experts was set anew that a run may change."""
-    mine, other = experts_of(ours, tower), experts_of(theirs, tower)
-    return mine is None or other is None or all(getattr(mine, name) == getattr(other, name) for name in TUNED)
+def tune_alike(theirs: nn.Module, ours: nn.Module) -> None:
+    """Set in the sparse routers of `theirs` what a run may set anew as it is in those of `ours`."""
+    layers = dict(theirs.named_modules())
+    for name, layer in ours.named_modules():
+        if isinstance(layer, SparseMoE):
+            for setting in TUNED:
+                if hasattr(layer, setting):
+                    setattr(layers[name], setting, getattr(layer, setting))
 
 
 @torch.inference_mode()
-def changed_embeddings(
-    ours: nn.Module, theirs: nn.Module, token_ids: Int64[Tensor, "b l"], towers: tuple[str, ...]
-) -> dict[str, float]:
+def changed_embeddings(ours: nn.Module, theirs: nn.Module, token_ids: Int64[Tensor, "b l"]) -> dict[str, float]:
     """Return by how much of their length embeddings of noise and of captions differ, for each tower that differs.
 
-    Both hold the same weights. `theirs` is taken to the resolution of `ours`, for good; where it cannot be taken there,
-    pictures are not compared.
+    Both hold the same weights. `theirs` is taken to the resolution and the routing of `ours`, for good; where it cannot
+    be taken to the resolution, pictures are not compared.
     """
     was_training = ours.training
     pairs = {}
     try:
         ours.eval()
-        if "image_moe" in towers and resized(theirs.visual, ours.visual):
-            images = torch.randn(2, 3, *pair(ours.visual.image_size), generator=torch.Generator().manual_seed(0))
+        tune_alike(theirs, ours)
+        if resized(theirs.visual, ours.visual):
+            images = torch.randn(2, 3, *sides(ours.visual.image_size), generator=torch.Generator().manual_seed(0))
             pairs["image"] = ours.encode_image(images), theirs.encode_image(images)
-        if "text_moe" in towers:
-            pairs["text"] = ours.encode_text(token_ids), theirs.encode_text(token_ids)
+        pairs["text"] = ours.encode_text(token_ids), theirs.encode_text(token_ids)
     finally:
         ours.train(was_training)
     changes = {name: ((mine - other).norm() / other.norm()).item() for name, (mine, other) in pairs.items()}
@@ -68,19 +70,14 @@ def changed_embeddings(
 
 def resized(theirs: nn.Module, ours: nn.Module) -> bool:
     """Take an image tower to the resolution of another one that has its weights, positions resized; True if done."""
-    if pair(theirs.image_size) == pair(ours.image_size):
+    if sides(theirs.image_size) == sides(ours.image_size):
         return True
     trunk = getattr(theirs, "trunk", None)
     if trunk is None and hasattr(theirs, "positional_embedding"):
         theirs.positional_embedding = ours.positional_embedding
     elif hasattr(trunk, "set_input_size") and getattr(trunk, "pos_embed", None) is not None:
-        trunk.set_input_size(pair(ours.image_size))
+        trunk.set_input_size(sides(ours.image_size))
         trunk.pos_embed = ours.trunk.pos_embed
     else:
         return False
     return True
-
-
-def pair(size: Any) -> tuple[int, int]:
-    """Return height and width."""
-    return (size, size) if isinstance(size, int) else tuple(size)

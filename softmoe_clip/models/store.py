@@ -17,7 +17,7 @@ from softmoe_clip.models.create import build, read_json
 from softmoe_clip.models.hub import DESCRIPTION, WHOLE, fetch, is_ours, refuse_url
 from softmoe_clip.models.replaced_folder import replaced_folder, restore_previous
 from softmoe_clip.models.tokenizer_fit import check_tokenizer
-from softmoe_clip.models.written import check_written
+from softmoe_clip.models.written import check_written, sides
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -42,9 +42,16 @@ class LoadedModel(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the image tower takes, in pixels."""
-        size = self.preprocess_cfg["size"]
-        return size if isinstance(size, int) else size[0]
+        """Side of the square picture that the image tower takes, in pixels; ValueError where it takes no squares."""
+        height, width = self.picture_size
+        if height != width:
+            raise ValueError(f"the image tower takes pictures of {height} x {width} pixels, which are no squares")
+        return height
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the picture that the image tower takes, in pixels."""
+        return sides(self.preprocess_cfg["size"])
 
 
 def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
@@ -145,7 +152,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{file} is a pickle, not safetensors: it could run code, so it is not loaded")
     try:
         open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
-    except (SafetensorError, EOFError) as error:
+    except (SafetensorError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}): write or copy it again") from None
     except UnpicklingError:
         raise ValueError(f"{file} holds more than tensors: it could run code, so it is not loaded") from None
@@ -165,14 +172,17 @@ def is_pickle(file: Path) -> bool:
 
 def folder_tokenizer(folder: Path, text_cfg: dict):
     """Load our tokenizer where the folder holds one, else the one open_clip takes for such a folder."""
-    from softmoe_clip.data_pipelines.tokenizers import MODEL_FILE, SETTINGS_FILE, load_tokenizer
+    from softmoe_clip.data_pipelines.tokenizers import MODEL_FILE, SETTINGS_FILE, check_vocabulary, load_tokenizer
 
     lone_model = (folder / MODEL_FILE).exists() and not text_cfg.get("hf_tokenizer_name")
     if (folder / SETTINGS_FILE).exists() or lone_model:
         return load_tokenizer(folder, text_cfg.get("context_length"))
     import open_clip
 
-    return open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    if text_cfg.get("hf_tokenizer_name"):
+        check_vocabulary(tokenizer.tokenizer, folder)
+    return tokenizer
 
 
 def load_open_clip(name: str) -> LoadedModel:

@@ -1,6 +1,7 @@
 """Make a Soft MoE model of a dense one: its image tower's MLPs become experts, all else stays as it was trained."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -104,7 +105,7 @@ def to_train_on(out: str | Path) -> str:
     _, written = read_folder(Path(out))
     experts = {tower: experts_of(written, tower) for tower in TOWERS}
     chosen = [f"'model.{tower}={in_yaml(config)}'" for tower, config in experts.items() if config is not None]
-    return " ".join([f"init={out}", *chosen])
+    return " ".join([shlex.quote(f"init={out}"), *chosen])
 
 
 def changes(before: Sequence[Tensor], after: Sequence[Tensor], described: Sequence[str]) -> list[Change]:

@@ -1,5 +1,7 @@
 """Check what an `open_clip_config.json` says before anything is built from it: each mistake one sentence."""
 
+from collections.abc import Sequence
+
 from softmoe_clip.config import MoEConfig
 from softmoe_clip.data_pipelines.strict import load_strict
 
@@ -8,6 +10,11 @@ CHOICES = {
     "mode": ("RGB",),
     "interpolation": ("bicubic", "bilinear", "random"),
     "resize_mode": ("shortest", "longest", "squash"),
+}
+# Sizes that count something; open_clip's towers, and the layers of its ResNets, are all described by them.
+COUNTED = {
+    "vision_cfg": ("image_size", "patch_size", "width", "head_width", "layers"),
+    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers"),
 }
 TOWERS = ("image_moe", "text_moe")
 
@@ -33,6 +40,26 @@ def check_written(written: dict, source: str) -> None:
             load_strict(MoEConfig, settings)
         except ValueError as error:
             raise ValueError(f"{source}: softmoe.{tower}: {error}") from None
+
+
+def check_sizes(model_cfg: dict, source: str) -> None:
+    """Refuse towers without pixels, patches, blocks or words, and patches larger than the picture."""
+    for tower, names in COUNTED.items():
+        for name in names:
+            value = model_cfg[tower].get(name)
+            sizes = value if isinstance(value, list | tuple) else [value]
+            counts = value is None or (bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes))
+            check(counts, source, f"{tower}.{name}", "must be 1 or more", value)
+    vision = model_cfg["vision_cfg"]
+    smallest = min(sides(vision.get("image_size") or 224))
+    patch = max(sides(vision.get("patch_size") or 1))
+    if patch > smallest:
+        raise ValueError(f"{source}: vision_cfg.patch_size {patch} is larger than its pictures, of {smallest} pixels")
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width, of a square where one number is given."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_preprocessing(preprocess: dict, source: str) -> None:

@@ -100,8 +100,10 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
             f"cannot put MoE layers into a {type(trunk).__name__} that masks padding: its blocks do not pass the mask "
             "on. Take our text tower (text_cfg.softmoe_text)."
         )
-    # NaFlex towers pad their pictures, which slots would mix in; TNT's have tokens within tokens.
+    # NaFlex towers pad their pictures, which slots would mix in; TNT's have tokens within tokens, Hiera's fewer and
+    # fewer of them.
     other = hasattr(trunk, "num_prefix_tokens") and not hasattr(trunk, "patch_embed")
+    other = other or (hasattr(trunk, "patch_embed") and not hasattr(trunk, "global_pool"))
     if blocks is None or other or not all(hasattr(block, "mlp") for block in blocks):
         raise ValueError(
             f"cannot put MoE layers into a {type(trunk).__name__}: "

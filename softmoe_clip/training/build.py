@@ -18,6 +18,8 @@ from softmoe_clip.data_pipelines.tokenizers import (
     TransformersTokenizer,
     load_tokenizer,
     open_clip_tokenizer,
+    options_in,
+    set_options,
 )
 from softmoe_clip.data_pipelines.transforms import Augment
 from softmoe_clip.models.continue_from import continue_from
@@ -57,6 +59,8 @@ def build(config: TrainConfig, group: ExpertGroup | None = None, begun: Path | N
         model = create_model(model_config, tokenizer.vocab_size, tokenizer.context_length, eos_id=tokenizer.eos_id)
     check_tokenizer(model, tokenizer, f"tokenizer {config.tokenizer}")
     written = folder_config(model_config, tokenizer.vocab_size, tokenizer.context_length, tokenizer.eos_id)
+    if isinstance(tokenizer, TransformersTokenizer):
+        set_options(written["model_cfg"]["text_cfg"], tokenizer.options)
     trunk = branch_point(config)
     if config.init is not None and begun is None and trunk is None:
         continue_from(model, config.init, tokenizer, written)
@@ -80,7 +84,13 @@ def run_picture(config: TrainConfig, loaded: LoadedModel, shards: ShardSet | Str
         return features
     if data.augment == "none":
         return Whole(loaded.transform)
-    return RandomCrop(loaded.image_size, Augment(crop_scale=data.crop_scale, flip=data.flip))
+    height, width = loaded.picture_size
+    if height != width:
+        raise ValueError(
+            f"the image tower takes pictures of {height} x {width} pixels, and random crops are squares: "
+            "set data.augment=none"
+        )
+    return RandomCrop(height, Augment(crop_scale=data.crop_scale, flip=data.flip))
 
 
 def check_picture(picture: Picture, loaded: LoadedModel, shards: ShardSet | Stream) -> None:
@@ -98,11 +108,11 @@ def run_towers(config: TrainConfig, towers: nn.Module) -> nn.Module:
 
 def run_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
     """Return the tokenizer in a folder or file; for `open_clip` the one the architecture names, else CLIP's BPE."""
-    context_length = text_cfg.get("context_length", 77)
+    context_length, options = text_cfg.get("context_length", 77), options_in(text_cfg)
     if name != "open_clip":
-        return load_tokenizer(name, context_length)
+        return load_tokenizer(name, context_length, options)
     if text_cfg.get("hf_tokenizer_name"):
-        return TransformersTokenizer(text_cfg["hf_tokenizer_name"], context_length)
+        return TransformersTokenizer(text_cfg["hf_tokenizer_name"], context_length, options)
     return open_clip_tokenizer(context_length)
 
 

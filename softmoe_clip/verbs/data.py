@@ -125,6 +125,6 @@ def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Opt
     """
     from softmoe_clip.data_pipelines.samples import all_captions
     from softmoe_clip.data_pipelines.tar_index import ShardSet
-    from softmoe_clip.data_pipelines.tokenizers import train_tokenizer
+    from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
     train_tokenizer(all_captions(ShardSet.open(shards)), out, vocab_size)
