@@ -8,6 +8,7 @@ from softmoe_clip.eval.templates import TEMPLATES, fill, find_templates
 def test_all_placeholders_are_filled():
     assert fill("a photo of a {}.", "red cat") == "a photo of a red cat."
     assert fill("{c}, {c}", "dog") == "dog, dog"
+    assert fill("{a}, a type of {}: {c}", "owl") == "an owl, a type of owl: owl"
     assert [fill("this is {a}", name) for name in ("orange star", "red star")] == [
         "this is an orange star",
         "this is a red star",
@@ -16,6 +17,7 @@ def test_all_placeholders_are_filled():
 
 def test_braces_in_a_class_name_stay():
     assert fill("a {}", "set {c} of {}") == "a set {c} of {}"
+    assert fill("{c}, {}", "{a}") == "{a}, {a}"
 
 
 def test_own_sets_have_distinct_prompts():
