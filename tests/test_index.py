@@ -90,6 +90,34 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path, break_i
     assert not list(tmp_path.glob("*.index*"))
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda out: (out / "text.index.partial").symlink_to("/dev/full"),
+        lambda out: (out / "image.index.partial").mkdir(),
+    ],
+    ids=["full disk", "a folder in the way"],
+)
+def test_what_cannot_be_written_is_one_sentence_and_the_old_index_stays(tmp_path, block):
+    write_part(tmp_path / "emb", "0000", unit(5, 0), unit(5, 1))
+    out = index(tmp_path / "emb", tmp_path / "index")
+    block(out)
+    before = [(out / name).read_bytes() for name in ("image.index", "text.index")]
+    np.save(tmp_path / "emb/img_emb/img_emb_0000.npy", unit(5, 3))
+    with pytest.raises(ValueError, match=r"^cannot write the index to .*index \(.*--out$") as error:
+        index(tmp_path / "emb", out)
+    assert "\n" not in str(error.value)
+    assert [(out / name).read_bytes() for name in ("image.index", "text.index")] == before
+    assert not [path for path in out.glob("*.partial") if not path.is_dir()]
+
+
+def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path):
+    write_part(tmp_path / "emb", "0000", unit(5, 0))
+    (tmp_path / "index").write_text("mine")
+    with pytest.raises(ValueError, match=r"cannot write the index to .*index .*File exists"):
+        index(tmp_path / "emb", tmp_path / "index")
+
+
 def test_a_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="softmoe-clip embed"):
         index(tmp_path / "nothing")
