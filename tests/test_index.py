@@ -76,6 +76,9 @@ def test_an_index_elsewhere_stands_on_its_own(tmp_path):
             "not finite",
         ),
         (lambda folder: (folder / "img_emb/img_emb_0000.npy").unlink(), "no img_emb"),
+        (lambda folder: (folder / "meta.json").write_text('{"model": '), "meta.json is damaged"),
+        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "meta.json is damaged"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json is damaged"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path, break_it, named):

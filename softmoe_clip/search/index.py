@@ -62,8 +62,7 @@ def check_rows(embeddings: Path) -> None:
 
     if not embeddings.is_dir():
         raise ValueError(f"no folder of embeddings at {embeddings}: write one with `softmoe-clip embed`")
-    meta = embeddings / "meta.json"
-    if meta.exists() and json.loads(meta.read_text("utf-8")).get("features") == "trunk":
+    if read_meta(embeddings).get("features") == "trunk":
         raise ValueError(f"{embeddings} holds trunk features, to train on: embed once more without --features trunk")
     parts = part_files(embeddings, "img_emb")
     if not parts:
@@ -124,4 +123,12 @@ def unit_rows(embeddings: Path, kind: str, rows_per_block: int = 65_536) -> Iter
 def read_meta(folder: Path) -> dict:
     """Read meta.json (model, shards); a folder from another tool has none, then the dict is empty."""
     path = Path(folder) / "meta.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} is damaged, it holds no whole JSON object: write it again with `softmoe-clip embed`")
+    return meta
