@@ -164,6 +164,9 @@ def test_pictures_become_numbers_and_hits_through_every_verb(
     assert {"score", "key", "caption", "row"} <= found[0].keys()
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
     assert found[0]["caption"] in answer("search", "embeddings", "a red star", "-k", "1")
+    (working_folder / "elsewhere/meta.json").unlink()  # as in an index of clip-retrieval's
+    again = answer("search", "elsewhere", "a red star", "-k", "3", "--json", "--model", "run")
+    assert json.loads(again) == found
     by_picture = json.loads(answer("search", "embeddings", "--image", "pictures/0.png", "-k", "2", "--json"))
     assert len(by_picture) == 2
 

@@ -90,6 +90,7 @@ def search(
     query: Annotated[str | None, typer.Argument(help="what to look for, in words")] = None,
     image: Annotated[Path | None, typer.Option(help="a picture to look for its like")] = None,
     k: Annotated[int, typer.Option("-k", help="how many hits")] = 10,
+    model: Annotated[str | None, typer.Option(help="the model to ask with, if not the one in meta.json")] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
     """Ask an index for pictures, in words or by a picture.
@@ -98,4 +99,4 @@ def search(
     """
     from softmoe_clip.search.query import print_hits, search
 
-    print_hits(search(index, query, image, k), as_json=json)
+    print_hits(search(index, query, image, k, model=model), as_json=json)
