@@ -34,6 +34,15 @@ class Results:
             part.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before the work, a place where no result file can be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a JSON file to write the results to")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{parent} is a file: choose a folder to write {path.name} into")
+
+
 def load_results(path: str | Path) -> Results:
     """Read what `Results.save` wrote."""
     try:

@@ -24,15 +24,17 @@ def eval(
     """
     from softmoe_clip.config import find_config
     from softmoe_clip.eval.config import load_suite
+    from softmoe_clip.eval.results import check_place, print_results
     from softmoe_clip.launch import keep_cpu_memory
 
     tasks = load_suite(find_config(suite))
+    if out:
+        check_place(out)
     keep_cpu_memory()
-    from softmoe_clip.eval.results import print_results
     from softmoe_clip.eval.suites import run_suite
     from softmoe_clip.models.store import load_encoder
 
-    results = run_suite(load_encoder(model, device, precision, batch_size), tasks)
+    results = run_suite(load_encoder(model, device, precision, batch_size), tasks, model_name=model)
     print_results(results)
     if out:
         results.save(out)
