@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.sources.items import read_text
+
 Template = str | Callable[[str], str]
 
 # `{}` and `{c}` (as in CLIP_benchmark's files) stand for the class name, `{a}` for the name with its article.
@@ -27,7 +29,7 @@ def find_templates(templates: str | Sequence[str]) -> list[Template]:
     elif templates in TEMPLATES:
         found = list(TEMPLATES[templates])
     elif templates.endswith(".txt"):
-        found = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
+        found = [line for line in read_text(Path(templates)).splitlines() if line.strip()]
     else:
         names = [*TEMPLATES, "openai"]
         close = get_close_matches(templates, names, n=1)

@@ -32,7 +32,7 @@ def test_the_prompts_of_openai_come_from_open_clip():
 
 
 def test_a_file_and_a_list_are_taken_as_they_are(tmp_path):
-    (tmp_path / "t.txt").write_text("a {c}\n\nthe {c}\n")
+    (tmp_path / "t.txt").write_text("a {c}\n\nthe {c}\n", "utf-8-sig")
     assert find_templates(str(tmp_path / "t.txt")) == ["a {c}", "the {c}"]
     assert find_templates(["x {}"]) == ["x {}"]
 
