@@ -1,6 +1,7 @@
 """What an evaluation found: numbers with their chance levels, saved as JSON and printed as tables."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,9 +48,25 @@ def load_results(path: str | Path) -> Results:
     """Read what `Results.save` wrote."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
-        return Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
+        results = Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a result file of `softmoe-clip eval`") from None
+    for kind in ("metrics", "chance"):
+        for name, value in getattr(results, kind).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{path}: {name} in its {kind} must be a number, got {value!r}: evaluate again")
+    return results
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Name result files by their stem, with as many of the folders above as it takes to tell each from the others."""
+    full = [path.absolute().with_suffix("").parts for path in paths]
+    names = []
+    for parts in full:
+        others = [other for other in full if other != parts]
+        count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names.append(str(Path(*parts[-count:])))
+    return names
 
 
 def times_chance(name: str, value: float, chance: float | None) -> float | None:

@@ -1,11 +1,20 @@
 """Results: saved whole or not at all, shown with chance beside each number."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from softmoe_clip.eval.results import Results, comparison, load_results, print_results, table, times_chance
+from softmoe_clip.eval.results import (
+    Results,
+    comparison,
+    distinct_names,
+    load_results,
+    print_results,
+    table,
+    times_chance,
+)
 
 RESULTS = Results(
     metrics={"retrieval/x/text_to_image/recall@1": 0.25, "retrieval/x/text_to_image/median_rank": 4.0},
@@ -43,6 +52,29 @@ def test_another_file_is_no_result_file(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=r"r\.json is not a result file"):
         load_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("value", ["null", '"0.5"', "NaN", "true", "[]"])
+@pytest.mark.parametrize("kind", ["metrics", "chance"])
+def test_a_metric_that_is_no_number_is_named_with_its_file(tmp_path, kind, value):
+    parts = {"metrics": "{}", "chance": "{}", "meta": "{}", "details": "{}"} | {kind: f'{{"x/top1": {value}}}'}
+    (tmp_path / "r.json").write_text("{" + ", ".join(f'"{name}": {part}' for name, part in parts.items()) + "}")
+    with pytest.raises(ValueError, match=rf"r\.json: x/top1 in its {kind} must be a number, got "):
+        load_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["soft.json", "runs/dense.json"], ["soft", "dense"]),
+        (["a/r.json", "b/r.json", "b/s.json"], ["a/r", "b/r", "s"]),
+        (["a/eval/r.json", "b/eval/r.json"], ["a/eval/r", "b/eval/r"]),
+        (["/r.json", "/r/r.json"], ["/r", "r/r"]),
+        (["r.json", "r.json"], ["r", "r"]),
+    ],
+)
+def test_files_are_named_so_that_they_can_be_told_apart(paths, names):
+    assert distinct_names([Path(path) for path in paths]) == names
 
 
 def test_the_table_shows_chance_beside_each_number():

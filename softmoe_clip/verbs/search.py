@@ -45,9 +45,9 @@ def compare(results: list[Path]):
 
     Example: softmoe-clip compare soft.json dense.json
     """
-    from softmoe_clip.eval.results import load_results, print_comparison
+    from softmoe_clip.eval.results import distinct_names, load_results, print_comparison
 
-    print_comparison([load_results(path) for path in results], names=[path.stem for path in results])
+    print_comparison([load_results(path) for path in results], names=distinct_names(results))
 
 
 def embed(
