@@ -91,6 +91,7 @@ def shown(name: str, value: float | None) -> str:
 def table(results: Results, title: str | None = None):
     """Lay out one evaluation: metric, value, chance, times chance."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = Table("metric", title=title)
     for column in ("value", "chance", "times chance"):
@@ -98,29 +99,28 @@ def table(results: Results, title: str | None = None):
     for name, value in results.metrics.items():
         chance = results.chance.get(name)
         times = times_chance(name, value, chance)
-        rows.add_row(name, shown(name, value), shown(name, chance), "" if times is None else f"{times:.1f}")
+        # As Text: in a plain string rich would take what stands in square brackets for markup.
+        rows.add_row(Text(name), shown(name, value), shown(name, chance), "" if times is None else f"{times:.1f}")
     return rows
 
 
 def comparison(results: Sequence[Results], names: Sequence[str]):
     """Lay out several evaluations: one column per model, the best of each row marked, chance last."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = Table("metric")
     for name in (*names, "chance"):
-        rows.add_column(name, justify="right")
+        rows.add_column(Text(name), justify="right")
     for metric in dict.fromkeys(name for result in results for name in result.metrics):
         values = [result.metrics.get(metric) for result in results]
         present = [value for value in values if value is not None]
         best = (min if is_rank(metric) else max)(present)
-        marks = [
-            "bold" if value == best and len(present) > 1 and min(present) < max(present) else "" for value in values
-        ]
-        cells = [f"[{m}]{shown(metric, v)}[/]" if m else shown(metric, v) for v, m in zip(values, marks, strict=True)]
+        differ = min(present) < max(present)
+        cells = [Text(shown(metric, v), style="bold" if differ and v == best else "") for v in values]
         chances = {result.chance[metric] for result in results if metric in result.chance}
-        rows.add_row(
-            metric, *cells, shown(metric, chances.pop()) if len(chances) == 1 else "differs" if chances else ""
-        )
+        chance = shown(metric, chances.pop()) if len(chances) == 1 else "differs" if chances else ""
+        rows.add_row(Text(metric), *cells, chance)
     return rows
 
 

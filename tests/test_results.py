@@ -95,6 +95,15 @@ def test_models_are_compared_side_by_side():
     assert ["", "zero_shot/y/top1", "", "10.00 %", "", ""] in shown
 
 
+@pytest.mark.parametrize("name", ["a b[x]", "x[/y]", "[red]", ":red_circle:", "end\\"])
+def test_a_name_is_printed_as_it_is(name):
+    results = Results({name: 0.5}, {name: 0.1})
+    assert ["", name, "50.00 %", "10.00 %", "5.0", ""] in lines(table(results))
+    shown = lines(comparison([results, results], [name, name]))
+    assert name in "".join(shown[1])
+    assert ["", name, "50.00 %", "50.00 %", "10.00 %", ""] in shown
+
+
 def test_printing_into_a_pipe_cuts_no_name(capsys):
     long = "zero_shot/" + "x" * 90 + "/top1"
     print_results(Results({long: 0.5}, {long: 0.1}))
