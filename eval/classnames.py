@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.sources.items import read_text
+
 
 def find_classnames(data: str, given: str | Sequence[str] | None) -> list[str]:
     """Return the given list, the given file's lines, `imagenet` (open_clip's 1,000), or else the data's classnames.txt.
@@ -29,7 +31,7 @@ def find_classnames(data: str, given: str | Sequence[str] | None) -> list[str]:
 
 def read_classnames(path: Path) -> list[str]:
     """Read one name per line; blank lines at the end are dropped, one in between would shift every label after it."""
-    names = [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()]
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not names:
         raise ValueError(f"{path} holds no class names")
     if "" in names:

@@ -20,6 +20,10 @@ class TaskConfig:
     def __post_init__(self):
         if self.kind != "zero_shot" and (self.classnames is not None or self.templates != "simple"):
             raise ValueError(f"templates and classnames belong to zero_shot tasks; {self.name} is a {self.kind} task")
+        if self.classnames is not None and not self.classnames:
+            raise ValueError(
+                f"the classnames of {self.name} are empty: list them, name a file with one per line, or leave them out"
+            )
         if not self.name or "/" in self.name:
             raise ValueError(f"a task needs a name without `/`, got {self.name!r}")
 

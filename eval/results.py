@@ -1,6 +1,7 @@
 """What an evaluation found: numbers with their chance levels, saved as JSON and printed as tables."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,13 +35,38 @@ class Results:
             part.unlink(missing_ok=True)
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before the work, a place where no result file can be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a JSON file to write the results to")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{parent} is a file: choose a folder to write {path.name} into")
+
+
 def load_results(path: str | Path) -> Results:
     """Read what `Results.save` wrote."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
-        return Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
+        results = Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a result file of `softmoe-clip eval`") from None
+    for kind in ("metrics", "chance"):
+        for name, value in getattr(results, kind).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{path}: {name} in its {kind} must be a number, got {value!r}: evaluate again")
+    return results
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Name result files by their stem, with as many of the folders above as it takes to tell each from the others."""
+    full = [path.absolute().with_suffix("").parts for path in paths]
+    names = []
+    for parts in full:
+        others = [other for other in full if other != parts]
+        count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names.append(str(Path(*parts[-count:])))
+    return names
 
 
 def times_chance(name: str, value: float, chance: float | None) -> float | None:
@@ -65,6 +91,7 @@ def shown(name: str, value: float | None) -> str:
 def table(results: Results, title: str | None = None):
     """Lay out one evaluation: metric, value, chance, times chance."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = Table("metric", title=title)
     for column in ("value", "chance", "times chance"):
@@ -72,29 +99,28 @@ def table(results: Results, title: str | None = None):
     for name, value in results.metrics.items():
         chance = results.chance.get(name)
         times = times_chance(name, value, chance)
-        rows.add_row(name, shown(name, value), shown(name, chance), "" if times is None else f"{times:.1f}")
+        # As Text: in a plain string rich would take what stands in square brackets for markup.
+        rows.add_row(Text(name), shown(name, value), shown(name, chance), "" if times is None else f"{times:.1f}")
     return rows
 
 
 def comparison(results: Sequence[Results], names: Sequence[str]):
     """Lay out several evaluations: one column per model, the best of each row marked, chance last."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = Table("metric")
     for name in (*names, "chance"):
-        rows.add_column(name, justify="right")
+        rows.add_column(Text(name), justify="right")
     for metric in dict.fromkeys(name for result in results for name in result.metrics):
         values = [result.metrics.get(metric) for result in results]
         present = [value for value in values if value is not None]
         best = (min if is_rank(metric) else max)(present)
-        marks = [
-            "bold" if value == best and len(present) > 1 and min(present) < max(present) else "" for value in values
-        ]
-        cells = [f"[{m}]{shown(metric, v)}[/]" if m else shown(metric, v) for v, m in zip(values, marks, strict=True)]
+        differ = min(present) < max(present)
+        cells = [Text(shown(metric, v), style="bold" if differ and v == best else "") for v in values]
         chances = {result.chance[metric] for result in results if metric in result.chance}
-        rows.add_row(
-            metric, *cells, shown(metric, chances.pop()) if len(chances) == 1 else "differs" if chances else ""
-        )
+        chance = shown(metric, chances.pop()) if len(chances) == 1 else "differs" if chances else ""
+        rows.add_row(Text(metric), *cells, chance)
     return rows
 
 

@@ -1,8 +1,11 @@
 """Prompts for zero-shot classification: named sets of templates, and how a class name is filled in."""
 
+import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+
+from softmoe_clip.data_pipelines.sources.items import read_text
 
 Template = str | Callable[[str], str]
 
@@ -12,7 +15,7 @@ TEMPLATES = {
     "simple": ("a photo of {a}.", "a picture of {a}.", "{a}", "a photo of the {}.", "a close-up photo of {a}."),
     "scenes": ("{a}", "a picture of {a}", "an image of {a}", "a drawing of {a}", "this is {a}", "there is {a}"),
 }
-PLACEHOLDERS = ("{}", "{c}", "{a}")
+PLACEHOLDER = re.compile(r"\{[ca]?\}")
 
 
 def find_templates(templates: str | Sequence[str]) -> list[Template]:
@@ -26,7 +29,7 @@ def find_templates(templates: str | Sequence[str]) -> list[Template]:
     elif templates in TEMPLATES:
         found = list(TEMPLATES[templates])
     elif templates.endswith(".txt"):
-        found = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
+        found = [line for line in read_text(Path(templates)).splitlines() if line.strip()]
     else:
         names = [*TEMPLATES, "openai"]
         close = get_close_matches(templates, names, n=1)
@@ -37,7 +40,7 @@ def find_templates(templates: str | Sequence[str]) -> list[Template]:
     if not found:
         raise ValueError("the list of templates is empty: give at least '{}'")
     for template in found:
-        if not any(place in template for place in PLACEHOLDERS):
+        if not PLACEHOLDER.search(template):
             raise ValueError(f"template {template!r} has no place for the class name: write {{}} or {{c}} there")
     return found
 
@@ -49,14 +52,11 @@ def prompts_of(templates: str | Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def fill(template: Template, classname: str) -> str:
-    """Put a class name into a template; braces inside the name stay as they are."""
+    """Put a class name into all places of a template; braces inside the name stay as they are."""
     if callable(template):
         return template(classname)
     words = {"{}": classname, "{c}": classname, "{a}": f"{article(classname)} {classname}"}
-    for place, word in words.items():
-        if place in template:
-            return word.join(template.split(place))
-    raise AssertionError(template)
+    return PLACEHOLDER.sub(lambda place: words[place[0]], template)
 
 
 def article(words: str) -> str:

@@ -21,6 +21,11 @@ def test_a_given_list_or_file_comes_first(tmp_path):
     assert find_classnames(str(tmp_path), ["a", "b"]) == ["a", "b"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cät\nred dog\n", "utf-8-sig")
+    assert find_classnames(str(tmp_path), None) == ["cät", "red dog"]
+
+
 def test_the_names_of_imagenet_come_from_open_clip():
     names = find_classnames("anywhere", "imagenet")
     assert len(names) == 1000
@@ -32,6 +37,9 @@ def test_missing_and_broken_lists_are_named(tmp_path):
         find_classnames(str(tmp_path), None)
     (tmp_path / "classnames.txt").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match=r"line 2 of .*classnames\.txt is empty"):
+        find_classnames(str(tmp_path), None)
+    (tmp_path / "classnames.txt").write_bytes(b"c\xe4t\n")
+    with pytest.raises(ValueError, match=r"classnames\.txt is not UTF-8"):
         find_classnames(str(tmp_path), None)
     (tmp_path / "classnames.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no class names"):

@@ -77,6 +77,11 @@ MISTAKES = {
     "a folder that is no model": (["eval", "empty", "--suite", "{suite}"], "empty is no model folder"),
     "half a model": (["eval", "half", "--suite", "{suite}", "--out", "o.json"], "half/open_clip_model.safetensors"),
     "a missing suite": (["eval", "{run}", "--suite", "nowhere.yaml"], "nowhere.yaml"),
+    "a folder for the results": (["eval", "nowhere", "--suite", "{suite}", "--out", "empty"], "empty is a folder"),
+    "a file as folder for the results": (
+        ["eval", "nowhere", "--suite", "{suite}", "--out", "half/open_clip_config.json/o.json"],
+        "half/open_clip_config.json is a file",
+    ),
     "no suite": (["eval", "{run}"], "--suite"),
     "an unknown device": (["eval", "{run}", "--suite", "{suite}", "--device", "tpuu"], "device 'tpuu'"),
     "an unknown precision": (["eval", "{run}", "--suite", "{suite}", "--precision", "int3"], "int3"),
@@ -152,6 +157,7 @@ def test_pictures_become_numbers_and_hits_through_every_verb(
     answer("eval", "run/model", "--suite", suite, "--out", "second.json")
     first, second = (json.loads((working_folder / f"{name}.json").read_text()) for name in ("first", "second"))
     assert first["metrics"] == second["metrics"]
+    assert (first["meta"]["model"], second["meta"]["model"]) == ("run", "run/model")
     compared = answer("compare", "first.json", "second.json")
     assert "first" in compared
     assert "second" in compared
@@ -164,6 +170,9 @@ def test_pictures_become_numbers_and_hits_through_every_verb(
     assert {"score", "key", "caption", "row"} <= found[0].keys()
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
     assert found[0]["caption"] in answer("search", "embeddings", "a red star", "-k", "1")
+    (working_folder / "elsewhere/meta.json").unlink()  # as in an index of clip-retrieval's
+    again = answer("search", "elsewhere", "a red star", "-k", "3", "--json", "--model", "run")
+    assert json.loads(again) == found
     by_picture = json.loads(answer("search", "embeddings", "--image", "pictures/0.png", "-k", "2", "--json"))
     assert len(by_picture) == 2
 

@@ -43,6 +43,15 @@ def test_rows_are_the_encoders_unit_vectors_in_shard_order(encoder, tmp_path):
     assert report.skipped == []
 
 
+@pytest.mark.parametrize("model", ["runs/a", "local-dir:runs/a"])
+def test_the_model_is_found_again_from_any_folder(encoder, tmp_path, monkeypatch, model):
+    shards = write_colours(tmp_path / "shards")
+    (tmp_path / "runs/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    embed(encoder, shards, "out", model_name=model)
+    assert json.loads((tmp_path / "out/meta.json").read_text())["model"] == str(tmp_path / "runs/a")
+
+
 def test_rows_are_cut_into_files_that_together_are_the_whole(encoder, tmp_path):
     shards = write_colours(tmp_path / "shards")
     embed(encoder, shards, tmp_path / "one")

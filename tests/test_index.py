@@ -76,6 +76,9 @@ def test_an_index_elsewhere_stands_on_its_own(tmp_path):
             "not finite",
         ),
         (lambda folder: (folder / "img_emb/img_emb_0000.npy").unlink(), "no img_emb"),
+        (lambda folder: (folder / "meta.json").write_text('{"model": '), "meta.json is damaged"),
+        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "meta.json is damaged"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json is damaged"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path, break_it, named):
@@ -88,6 +91,34 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path, break_i
         index(tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.index*"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda out: (out / "text.index.partial").symlink_to("/dev/full"),
+        lambda out: (out / "image.index.partial").mkdir(),
+    ],
+    ids=["full disk", "a folder in the way"],
+)
+def test_what_cannot_be_written_is_one_sentence_and_the_old_index_stays(tmp_path, block):
+    write_part(tmp_path / "emb", "0000", unit(5, 0), unit(5, 1))
+    out = index(tmp_path / "emb", tmp_path / "index")
+    block(out)
+    before = [(out / name).read_bytes() for name in ("image.index", "text.index")]
+    np.save(tmp_path / "emb/img_emb/img_emb_0000.npy", unit(5, 3))
+    with pytest.raises(ValueError, match=r"^cannot write the index to .*index \(.*--out$") as error:
+        index(tmp_path / "emb", out)
+    assert "\n" not in str(error.value)
+    assert [(out / name).read_bytes() for name in ("image.index", "text.index")] == before
+    assert not [path for path in out.glob("*.partial") if not path.is_dir()]
+
+
+def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path):
+    write_part(tmp_path / "emb", "0000", unit(5, 0))
+    (tmp_path / "index").write_text("mine")
+    with pytest.raises(ValueError, match=r"cannot write the index to .*index .*File exists"):
+        index(tmp_path / "emb", tmp_path / "index")
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path):

@@ -102,5 +102,7 @@ def test_a_model_of_another_width_is_refused(folder):
 
 
 def test_an_index_without_a_model_name_asks_for_one(folder):
-    with pytest.raises(ValueError, match="name its model"):
+    with pytest.raises(ValueError, match="does not name the model that made it: give that with --model MODEL"):
         search(folder, "red")
+    with pytest.raises(ValueError, match="no model at nowhere"):
+        search(folder, "red", model="nowhere")

@@ -1,11 +1,20 @@
 """Results: saved whole or not at all, shown with chance beside each number."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from softmoe_clip.eval.results import Results, comparison, load_results, print_results, table, times_chance
+from softmoe_clip.eval.results import (
+    Results,
+    comparison,
+    distinct_names,
+    load_results,
+    print_results,
+    table,
+    times_chance,
+)
 
 RESULTS = Results(
     metrics={"retrieval/x/text_to_image/recall@1": 0.25, "retrieval/x/text_to_image/median_rank": 4.0},
@@ -45,6 +54,29 @@ def test_another_file_is_no_result_file(tmp_path, text):
         load_results(tmp_path / "r.json")
 
 
+@pytest.mark.parametrize("value", ["null", '"0.5"', "NaN", "true", "[]"])
+@pytest.mark.parametrize("kind", ["metrics", "chance"])
+def test_a_metric_that_is_no_number_is_named_with_its_file(tmp_path, kind, value):
+    parts = {"metrics": "{}", "chance": "{}", "meta": "{}", "details": "{}"} | {kind: f'{{"x/top1": {value}}}'}
+    (tmp_path / "r.json").write_text("{" + ", ".join(f'"{name}": {part}' for name, part in parts.items()) + "}")
+    with pytest.raises(ValueError, match=rf"r\.json: x/top1 in its {kind} must be a number, got "):
+        load_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["soft.json", "runs/dense.json"], ["soft", "dense"]),
+        (["a/r.json", "b/r.json", "b/s.json"], ["a/r", "b/r", "s"]),
+        (["a/eval/r.json", "b/eval/r.json"], ["a/eval/r", "b/eval/r"]),
+        (["/r.json", "/r/r.json"], ["/r", "r/r"]),
+        (["r.json", "r.json"], ["r", "r"]),
+    ],
+)
+def test_files_are_named_so_that_they_can_be_told_apart(paths, names):
+    assert distinct_names([Path(path) for path in paths]) == names
+
+
 def test_the_table_shows_chance_beside_each_number():
     shown = lines(table(RESULTS))
     assert ["", "retrieval/x/text_to_image/recall@1", "25.00 %", "1.00 %", "25.0", ""] in shown
@@ -61,6 +93,15 @@ def test_models_are_compared_side_by_side():
     shown = lines(comparison([RESULTS, other], ["soft", "dense"]))
     assert ["", "retrieval/x/text_to_image/recall@1", "25.00 %", "50.00 %", "1.00 %", ""] in shown
     assert ["", "zero_shot/y/top1", "", "10.00 %", "", ""] in shown
+
+
+@pytest.mark.parametrize("name", ["a b[x]", "x[/y]", "[red]", ":red_circle:", "end\\"])
+def test_a_name_is_printed_as_it_is(name):
+    results = Results({name: 0.5}, {name: 0.1})
+    assert ["", name, "50.00 %", "10.00 %", "5.0", ""] in lines(table(results))
+    shown = lines(comparison([results, results], [name, name]))
+    assert name in "".join(shown[1])
+    assert ["", name, "50.00 %", "50.00 %", "10.00 %", ""] in shown
 
 
 def test_printing_into_a_pipe_cuts_no_name(capsys):

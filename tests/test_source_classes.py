@@ -21,7 +21,7 @@ def test_class_folders_with_splits_take_names_and_labels_from_classes_json(tmp_p
     for name in ("train/n01/a.jpg", "train/n02/b.JPEG", "val/n01/deep/c.png", "val/n01/notes.md"):
         picture(tmp_path / name) if not name.endswith("md") else (tmp_path / name).write_text("x")
     classes = [{"index": 1, "dir": "n01", "name": "golf ball"}, {"index": 0, "dir": "n02", "name": "tench"}]
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": classes}))
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": classes}), "utf-8-sig")
     source = read_source(tmp_path)
     assert source.classnames == ("tench", "golf ball")
     assert about(source.items) == {

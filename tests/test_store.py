@@ -78,6 +78,12 @@ def copy_of(folder, tmp_path):
     return copy
 
 
+def test_a_config_saved_with_a_byte_order_mark_is_read(original, folder, tmp_path, picture):
+    config = copy_of(folder, tmp_path) / "open_clip_config.json"
+    config.write_text(config.read_text("utf-8"), "utf-8-sig")
+    assert_same_features(original, load(config.parent), picture)
+
+
 def test_a_saved_model_loads_with_the_same_bits(original, folder, picture):
     again = load(folder)
     assert_same_features(original, again, picture)

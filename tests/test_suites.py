@@ -135,6 +135,7 @@ def test_class_embeddings_are_renormalised_means_of_unit_prompt_embeddings():
         ({"kind": "zero_shot", "name": "a", "data": "captioned", "classnames": ["x"]}, "000000000 of .* has no label"),
         ({"kind": "zero_shot", "name": "a", "data": "captioned"}, r"no classnames\.txt"),
         ({"kind": "zero_shot", "name": "a", "data": "labelled/test", "classnames": ["x"]}, "label 2 has no name"),
+        ({"kind": "zero_shot", "name": "a", "data": "labelled/test", "classnames": []}, "classnames of a are empty"),
         ({"kind": "zero_shot", "name": "a", "data": "labelled/test", "templates": "simpel"}, "did you mean simple"),
         ({"kind": "retrieval", "name": "a", "data": "labelled/test"}, "000000000 of .* has no caption"),
         ({"kind": "relations", "name": "a", "data": "labelled/test"}, 'no json with "caption" and "false"'),

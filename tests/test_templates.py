@@ -8,6 +8,7 @@ from softmoe_clip.eval.templates import TEMPLATES, fill, find_templates
 def test_all_placeholders_are_filled():
     assert fill("a photo of a {}.", "red cat") == "a photo of a red cat."
     assert fill("{c}, {c}", "dog") == "dog, dog"
+    assert fill("{a}, a type of {}: {c}", "owl") == "an owl, a type of owl: owl"
     assert [fill("this is {a}", name) for name in ("orange star", "red star")] == [
         "this is an orange star",
         "this is a red star",
@@ -16,6 +17,7 @@ def test_all_placeholders_are_filled():
 
 def test_braces_in_a_class_name_stay():
     assert fill("a {}", "set {c} of {}") == "a set {c} of {}"
+    assert fill("{c}, {}", "{a}") == "{a}, {a}"
 
 
 def test_own_sets_have_distinct_prompts():
@@ -30,7 +32,7 @@ def test_the_prompts_of_openai_come_from_open_clip():
 
 
 def test_a_file_and_a_list_are_taken_as_they_are(tmp_path):
-    (tmp_path / "t.txt").write_text("a {c}\n\nthe {c}\n")
+    (tmp_path / "t.txt").write_text("a {c}\n\nthe {c}\n", "utf-8-sig")
     assert find_templates(str(tmp_path / "t.txt")) == ["a {c}", "the {c}"]
     assert find_templates(["x {}"]) == ["x {}"]
 

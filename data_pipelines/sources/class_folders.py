@@ -89,7 +89,7 @@ def read_classes(*folders: Path) -> tuple[list[str], dict[str, int]]:
 def read_listing(listing: Path) -> tuple[Sequence[str], dict[str, int]]:
     """Read {"classes": [{"index": 0, "dir": "n01440764", "name": "tench"}, ...]}: names, and labels by folder."""
     try:
-        classes = sorted(json.loads(listing.read_text("utf-8"))["classes"], key=lambda entry: entry["index"])
+        classes = sorted(json.loads(listing.read_text("utf-8-sig"))["classes"], key=lambda entry: entry["index"])
         names, labels = [entry["name"] for entry in classes], {entry["dir"]: entry["index"] for entry in classes}
         in_order = [entry["index"] for entry in classes] == list(range(len(classes)))
     except (ValueError, KeyError, TypeError) as error:

@@ -122,7 +122,7 @@ def read_architecture(arch: str) -> dict:
 def read_json(path: str | Path) -> dict:
     """Read a JSON file that holds an object; raises ValueError, naming the file, for anything else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no whole JSON'}") from None
     if not isinstance(content, dict):

@@ -160,4 +160,5 @@ def chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
 
 def absolute(name: str) -> str:
     """Make the name of a file or folder absolute, so that it holds from any working folder; leave other names alone."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
+    path = Path(name.removeprefix("local-dir:"))
+    return str(path.resolve()) if name and path.exists() else name

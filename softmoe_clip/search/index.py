@@ -13,28 +13,47 @@ def index(embeddings: str | Path, out: str | Path | None = None) -> Path:
     """Write `image.index` and `text.index` over an embedding folder, and return the folder that holds them.
 
     OUT is the embedding folder itself, or another one, which then gets its own copy of the metadata. Every row is
-    scaled to length one, so that the inner product is the cosine. Raises ValueError where files are missing or
-    pictures, texts and metadata differ in rows.
+    scaled to length one, so that the inner product is the cosine. Raises ValueError where files are missing, where
+    pictures, texts and metadata differ in rows, or where nothing can be written.
     """
-    import faiss
-
     embeddings = Path(embeddings)
     check_rows(embeddings)
     out = Path(out) if out else embeddings
-    out.mkdir(parents=True, exist_ok=True)
-    for kind, name in (("img_emb", "image.index"), ("text_emb", "text.index")):
-        flat = None
-        for rows in unit_rows(embeddings, kind):
-            flat = faiss.IndexFlatIP(rows.shape[1]) if flat is None else flat
-            flat.add(rows)
-        if flat is not None:
-            faiss.write_index(flat, str(out / f"{name}.partial"))
-            os.replace(out / f"{name}.partial", out / name)
-    if out.resolve() != embeddings.resolve():
-        shutil.copytree(embeddings / "metadata", out / "metadata", dirs_exist_ok=True)
-        if (embeddings / "meta.json").exists():
-            shutil.copy(embeddings / "meta.json", out / "meta.json")
+    try:
+        write_indices(embeddings, out)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the index to {out} ({error}): make room there or choose another folder with --out"
+        ) from None
     return out
+
+
+def write_indices(embeddings: Path, out: Path) -> None:
+    """Write both indices and the copy of the metadata; an older index stays until both are whole."""
+    import faiss
+
+    out.mkdir(parents=True, exist_ok=True)
+    partial = []
+    try:
+        for kind, name in (("img_emb", "image.index"), ("text_emb", "text.index")):
+            flat = None
+            for rows in unit_rows(embeddings, kind):
+                flat = faiss.IndexFlatIP(rows.shape[1]) if flat is None else flat
+                flat.add(rows)
+            if flat is not None:
+                partial.append(out / f"{name}.partial")
+                # Not by its name: faiss does not hear of a disk that is full when it closes the file.
+                with partial[-1].open("wb") as file:
+                    faiss.write_index(flat, faiss.PyCallbackIOWriter(file.write))
+        if out.resolve() != embeddings.resolve():
+            shutil.copytree(embeddings / "metadata", out / "metadata", dirs_exist_ok=True)
+            if (embeddings / "meta.json").exists():
+                shutil.copy(embeddings / "meta.json", out / "meta.json")
+        for path in partial:
+            os.replace(path, path.with_suffix(""))
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
 
 
 def check_rows(embeddings: Path) -> None:
@@ -43,8 +62,7 @@ def check_rows(embeddings: Path) -> None:
 
     if not embeddings.is_dir():
         raise ValueError(f"no folder of embeddings at {embeddings}: write one with `softmoe-clip embed`")
-    meta = embeddings / "meta.json"
-    if meta.exists() and json.loads(meta.read_text("utf-8")).get("features") == "trunk":
+    if read_meta(embeddings).get("features") == "trunk":
         raise ValueError(f"{embeddings} holds trunk features, to train on: embed once more without --features trunk")
     parts = part_files(embeddings, "img_emb")
     if not parts:
@@ -105,4 +123,12 @@ def unit_rows(embeddings: Path, kind: str, rows_per_block: int = 65_536) -> Iter
 def read_meta(folder: Path) -> dict:
     """Read meta.json (model, shards); a folder from another tool has none, then the dict is empty."""
     path = Path(folder) / "meta.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} is damaged, it holds no whole JSON object: write it again with `softmoe-clip embed`")
+    return meta

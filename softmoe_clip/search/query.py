@@ -66,18 +66,19 @@ def search(
     loaded=None,
     among: Literal["images", "captions"] = "images",
     device: str = "cpu",
+    model: str | None = None,
 ) -> list[Hit]:
     """Return the `k` nearest rows to a sentence or to a picture file, best first.
 
-    `loaded` is a LoadedModel; without one, the model that made the embeddings is loaded again. `among="captions"`
-    compares with the rows' caption vectors instead of their picture vectors.
+    `loaded` is a LoadedModel; without one, `model` is loaded, or else the model that the index says it was made with.
+    `among="captions"` compares with the rows' caption vectors instead of their picture vectors.
     """
     if bool(query and query.strip()) == bool(image):
         raise ValueError("search needs either a query in words or a picture (--image FILE), and not both")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     opened = index if isinstance(index, OpenIndex) else open_index(index)
-    encoder = encoder_for(opened, loaded, device)
+    encoder = encoder_for(opened, loaded, device, model)
     vector = encoder.texts([query]) if query else encoder.images(read_picture(image, encoder.transform)[None])
     return nearest(opened, vector[0], k, among)
 
@@ -105,15 +106,15 @@ def nearest(opened: OpenIndex, vector: np.ndarray, k: int = 10, among: str = "im
     ]
 
 
-def encoder_for(opened: OpenIndex, loaded=None, device: str = "cpu"):
-    """Make an Encoder from a LoadedModel, or from the model that meta.json names."""
+def encoder_for(opened: OpenIndex, loaded=None, device: str = "cpu", model: str | None = None):
+    """Make an Encoder from a LoadedModel, or from the model that is named, here or in meta.json."""
     from softmoe_clip.eval.encoder import Encoder
     from softmoe_clip.models.store import load
 
     if loaded is None:
-        name = opened.meta.get("model")
+        name = model or opened.meta.get("model")
         if not name:
-            raise ValueError("the index does not name its model: give it (--model MODEL)")
+            raise ValueError("the index does not name the model that made it: give that with --model MODEL")
         loaded = load(name, device=device)
     return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device=device)
 

@@ -24,15 +24,17 @@ def eval(
     """
     from softmoe_clip.config import find_config
     from softmoe_clip.eval.config import load_suite
+    from softmoe_clip.eval.results import check_place, print_results
     from softmoe_clip.launch import keep_cpu_memory
 
     tasks = load_suite(find_config(suite))
+    if out:
+        check_place(out)
     keep_cpu_memory()
-    from softmoe_clip.eval.results import print_results
     from softmoe_clip.eval.suites import run_suite
     from softmoe_clip.models.store import load_encoder
 
-    results = run_suite(load_encoder(model, device, precision, batch_size), tasks)
+    results = run_suite(load_encoder(model, device, precision, batch_size), tasks, model_name=model)
     print_results(results)
     if out:
         results.save(out)
@@ -43,9 +45,9 @@ def compare(results: list[Path]):
 
     Example: softmoe-clip compare soft.json dense.json
     """
-    from softmoe_clip.eval.results import load_results, print_comparison
+    from softmoe_clip.eval.results import distinct_names, load_results, print_comparison
 
-    print_comparison([load_results(path) for path in results], names=[path.stem for path in results])
+    print_comparison([load_results(path) for path in results], names=distinct_names(results))
 
 
 def embed(
@@ -90,6 +92,7 @@ def search(
     query: Annotated[str | None, typer.Argument(help="what to look for, in words")] = None,
     image: Annotated[Path | None, typer.Option(help="a picture to look for its like")] = None,
     k: Annotated[int, typer.Option("-k", help="how many hits")] = 10,
+    model: Annotated[str | None, typer.Option(help="the model to ask with, if not the one in meta.json")] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
     """Ask an index for pictures, in words or by a picture.
@@ -98,4 +101,4 @@ def search(
     """
     from softmoe_clip.search.query import print_hits, search
 
-    print_hits(search(index, query, image, k), as_json=json)
+    print_hits(search(index, query, image, k, model=model), as_json=json)
