@@ -11,8 +11,11 @@ CPU_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",  # glibc keeps large blocks in its heap,
     "MALLOC_TRIM_THRESHOLD_": "100000000000",  # and the heap is never given back
 }
-# The same for glibc while it runs: number of the parameter in malloc.h, value.
-MALLOPT = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
+# The same for glibc while it runs: its tunable of that meaning; number of the parameter in malloc.h, value.
+MALLOPT = {
+    "MALLOC_MMAP_MAX_": ("glibc.malloc.mmap_max", (-4, 0)),
+    "MALLOC_TRIM_THRESHOLD_": ("glibc.malloc.trim_threshold", (-1, -1)),
+}
 
 
 def keep_cpu_memory() -> None:
@@ -24,7 +27,7 @@ def keep_cpu_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return
-    for name, setting in MALLOPT.items():
-        if name not in os.environ:
+    for name, (tunable, setting) in MALLOPT.items():
+        if name not in os.environ and tunable not in os.environ.get("GLIBC_TUNABLES", ""):
             mallopt(*setting)
     os.environ.update({**CPU_MEMORY, **os.environ})

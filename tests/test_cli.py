@@ -73,6 +73,7 @@ MISTAKES = {
     "missing shards to check": (["check", "nowhere"], "nowhere"),
     "a full folder for the stats": (["stats", "nowhere", "half"], "half exists and is not empty"),
     "missing captions": (["train-tokenizer", "nowhere", "tokenizer.model"], "nowhere"),
+    "a tokenizer as a folder": (["train-tokenizer", "nowhere", "empty"], "empty is a folder: give the file to write"),
     "a missing model": (["eval", "nowhere", "--suite", "{suite}"], "no model at nowhere"),
     "a folder that is no model": (["eval", "empty", "--suite", "{suite}"], "empty is no model folder"),
     "half a model": (["eval", "half", "--suite", "{suite}", "--out", "o.json"], "half/open_clip_model.safetensors"),
@@ -113,7 +114,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     shutil.copytree(run_folder / "model", working_folder / "half")
     weights = working_folder / "half/open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    names = {"{yaml}": "tiny_yaml", "{suite}": "suite", "{run}": "run_folder", "{embeddings}": "embeddings"}
+    names = {
+        "{train}": "train_shards",
+        "{yaml}": "tiny_yaml",
+        "{suite}": "suite",
+        "{run}": "run_folder",
+        "{embeddings}": "embeddings",
+    }
     arguments = [str(request.getfixturevalue(names[a])) if a in names else a for a in arguments]
     before = folder_bytes(working_folder)
     done = softmoe_clip(*arguments)

@@ -176,13 +176,21 @@ def test_an_unknown_architecture_is_one_sentence(arch, message):
         ),
         (
             '{"embed_dim": 8, "vision_cfg": {"image_size": [32, 0]}, "text_cfg": {}}',
-            r"vision_cfg.image_size must be 1 or more, got '\[32, 0\]'",
+            r"vision_cfg.image_size must be a whole number from 1, got 0",
         ),
         (
             '{"embed_dim": 8, "vision_cfg": {"head_width": 0}, "text_cfg": {}}',
-            "vision_cfg.head_width must be 1 or more",
+            "vision_cfg.head_width must be a whole number from 1, got 0",
         ),
-        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"context_length": 0}}', "context_length must be 1 or more"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"context_length": 0}}',
+            "context_length must be a whole number",
+        ),
+        ('{"embed_dim": true, "vision_cfg": {}, "text_cfg": {}}', "embed_dim must be a whole number from 1, got True"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"mlp_ratio": Infinity}, "text_cfg": {}}',
+            "mlp_ratio must be a number above 0",
+        ),
         ('{"embed_dim": 8, "vision_cfg": {"timm_model_name": 3}, "text_cfg": {}}', "describes no model .*: .*int"),
         (
             '{"embed_dim": 8, "vision_cfg": {"width": 16, "layers": 1, "head_width": 8}, '

@@ -178,6 +178,21 @@ def test_the_need_for_memory_is_that_of_the_layers_parameters(monkeypatch):
         install(timm_tower(), SMALL)
 
 
+def test_slots_of_a_text_tower_are_counted_with_the_tokens_of_a_caption(monkeypatch):
+    def tower():
+        return TextTower(4, 10, 16, 2, 2, 24, 8)
+
+    slots = 2 * 5_000
+    need = 4 * slots * (4 + 16 + 24)
+    monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: need)
+    install(tower(), MoEConfig(num_experts=2, slots_per_expert=5_000))
+    monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: need - 1)
+    with pytest.raises(ValueError, match=r"the 10,000 slots of 2 experts need .* for one picture or caption"):
+        install(tower(), MoEConfig(num_experts=2, slots_per_expert=5_000))
+    with pytest.raises(ValueError, match="4 tokens"):
+        install(tower(), MoEConfig(router="identity", num_experts=2))
+
+
 def test_the_last_half_of_one_block_is_refused_where_it_would_be_none():
     tower = TextTower(4, 10, 16, 2, 1, 24, 8)
     with pytest.raises(ValueError, match=r"last half of 1 block is none: give the text tower's block as layers \[0\]"):

@@ -81,6 +81,14 @@ def test_pictures_that_route_together_are_not_exported(tmp_path, tokenizer, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_an_assignment_that_onnx_cannot_compute_is_told_as_such(tmp_path, tokenizer, monkeypatch):
+    loaded = new_model(tmp_path, tokenizer, image_moe=MoEConfig(router="base", num_experts=2))
+    monkeypatch.setattr(module, "load", lambda model: loaded)
+    with pytest.raises(ValueError, match="image/block_1 has the router base, whose assignment no ONNX file computes"):
+        export_onnx("model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", module.PREPROCESSING)
 def test_preprocessing_is_never_guessed(tmp_path, tokenizer, monkeypatch, name):
     loaded = new_model(tmp_path, tokenizer)

@@ -1,5 +1,8 @@
 """Float32 products by oneDNN: exact, differentiable as torch's own, and without a trace in torch's settings."""
 
+import os
+import subprocess
+import sys
 from threading import Thread
 
 import pytest
@@ -90,6 +93,19 @@ def test_torch_func_sees_through(by_onednn):
     torch.testing.assert_close(per_example, right.sum(-1)[..., None, :].expand_as(left))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode is made with it
+def test_changes_go_forward_too(by_onednn):
+    given, changes = [torch.randn(2, 5, 3), torch.randn(2, 3, 6), torch.randn(2, 1, 6)], []
+    for i, value in enumerate(given):
+        change = torch.randn_like(value)
+        _, found = torch.func.jvp(lambda x, i=i: bmm(*given[:i], x, *given[i + 1 :]), (value,), (change,))
+        left, right, bias = (change if i == j else other for j, other in enumerate(given))
+        changes.append(found)
+        torch.testing.assert_close(found, bias.expand(2, 5, 6) if i == 2 else left @ right)
+    _, found = torch.func.jvp(lambda *x: bmm(*x), tuple(given), tuple(map(torch.ones_like, given)))
+    assert found.shape == (2, 5, 6)
+
+
 def test_autocast_and_other_precisions_stay_torchs(by_onednn):
     left, right = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -103,6 +119,58 @@ def test_torchs_setting_is_put_back_after_errors_too(by_onednn):
         torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 5, 6))
     assert setting() == before
     torch.get_float32_matmul_precision()  # which torch refuses to tell while the setting holds
+
+
+def test_what_somebody_else_sets_meanwhile_stays(by_onednn):
+    before = torch.get_float32_matmul_precision()
+    try:
+        with onednn():
+            torch.set_float32_matmul_precision("high")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_forked_from_within_starts_afresh(by_onednn):
+    with onednn():
+        child = os.fork()
+        if child == 0:
+            os._exit(int(setting() == "bf16" or products._num_inside != 0))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert setting() == "bf16"
+
+
+FIRST_USE = """
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+from softmoe_clip.moe import SoftMoE, products
+
+def count():
+    with FlopCounterMode(display=False) as counter:
+        layer(tokens)
+    return counter.get_total_flops()
+
+layer, tokens = SoftMoE(8, 2), torch.randn(2, 5, 8)
+expected = count()
+for first in (count, lambda: make_fx(layer)(tokens)):
+    products.onednn_is_faster.cache_clear()
+    first()
+products.onednn_is_faster.cache_clear()
+assert count() == expected, (count(), expected)
+products.onednn_is_faster.cache_clear()
+with FakeTensorMode(allow_non_fake_inputs=True):
+    layer(tokens)
+products.onednn_is_faster.cache_clear()
+with torch.device("meta"):
+    layer(tokens)
+"""
+
+
+def test_no_mode_of_the_callers_sees_the_question_whether_onednn_is_exact(process_environment):
+    subprocess.run([sys.executable, "-c", FIRST_USE], env=process_environment, check=True)
 
 
 def test_threads_that_overlap_put_it_back_too(by_onednn):

@@ -160,5 +160,6 @@ def test_any_program_keeps_memory_with_one_call_and_what_the_user_has_set_holds(
     assert where_blocks_go("").stdout == "given back\n"
     assert where_blocks_go(call).stdout == "kept\n"
     assert where_blocks_go(call, MALLOC_MMAP_MAX_="65536", MALLOC_MMAP_THRESHOLD_="131072").stdout == "given back\n"
+    assert where_blocks_go(call, GLIBC_TUNABLES="glibc.malloc.mmap_max=65536").stdout == "given back\n"
     shown = where_blocks_go(call + "; import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])", THP_MEM_ALLOC_ENABLE="0")
     assert shown.stdout == "0\nkept\n"

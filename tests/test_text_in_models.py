@@ -38,6 +38,7 @@ SIZES = {"context_length": 7, "vocab_size": 20, "width": 16, "heads": 2, "layers
             "text_cfg.eos_id must be an id of the 20 in the vocabulary, got 20",
         ),
         (SIZES | {"eos_id": "</s>", "softmoe_text": {}}, "text_cfg.eos_id must be an id of the 20"),
+        (SIZES | {"softmoe_text": False}, "softmoe_text must be an object with pool and padding, got False"),
         (SIZES | {"softmoe_text": True}, "softmoe_text must be an object with pool and padding, got True"),
     ],
 )

@@ -189,5 +189,15 @@ def test_a_text_tower_that_is_not_there_is_one_sentence_at_once(lit_settings, tm
 
 
 def test_soft_moe_does_not_go_into_a_transformers_tower(bert, tmp_path):
-    with pytest.raises(ValueError, match="into a HFTextEncoder"):
+    with pytest.raises(ValueError, match=r"a text tower of transformers' \(HFTextEncoder\): take our text tower"):
         create_model(ModelConfig(architecture(bert, tmp_path), text_moe=MoEConfig(num_experts=2)))
+
+
+def test_an_encoder_of_a_kind_that_open_clip_does_not_run_is_named(tmp_path, bert):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    shutil.copytree(bert, tmp_path / "distilled")
+    sizes = {"vocab_size": len(VOCABULARY), "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+    DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(tmp_path / "distilled")
+    with pytest.raises(ValueError, match=r"runs no text encoder of the kind in .*distilled .*: it knows BERT, RoBERTa"):
+        create_model(ModelConfig(architecture(tmp_path / "distilled", tmp_path)), len(VOCABULARY), 10)

@@ -17,6 +17,7 @@ from softmoe_clip.data_pipelines.new_folder import new_folder, refuse_existing
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.tokenizers import OpenClipTokenizer
 from softmoe_clip.models.store import LoadedModel, load, save_tokenizer
+from softmoe_clip.moe.assignment import BaseMoE
 from softmoe_clip.moe.sparse import SparseMoE
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -80,8 +81,10 @@ def check_installed() -> None:
 
 
 def check_routers(model: nn.Module) -> None:
-    """Refuse routing groups of several pictures: an ONNX file takes any number of them, one picture by one."""
+    """Refuse routing groups of several pictures, since an ONNX file takes them one by one, and what it cannot do."""
     for layer in model.modules():
+        if isinstance(layer, BaseMoE):
+            raise ValueError(f"{layer.label} has the router base, whose assignment no ONNX file computes: take another")
         if isinstance(layer, SparseMoE) and layer.group_size > 1:
             raise ValueError(
                 f"{layer.label} is a {type(layer).__name__} that routes {layer.group_size} pictures together "

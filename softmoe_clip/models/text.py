@@ -138,7 +138,8 @@ def attention_bias(mask: Bool[Tensor, "b l"] | None, tokens: Float[Tensor, "b l 
 def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
     """Build the tower of a text_cfg with the key `softmoe_text` (pool, padding); refuse a key that nothing reads."""
     sizes = dict(text_cfg)
-    choices = sizes.pop("softmoe_text") or {}
+    choices = sizes.pop("softmoe_text")
+    choices = {} if choices is None else choices
     if not isinstance(choices, dict):
         raise ValueError(f"softmoe_text must be an object with pool and padding, got {choices!r}")
     missing = [name for name in SIZES if name not in sizes]

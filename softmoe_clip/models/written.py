@@ -44,17 +44,27 @@ def check_written(written: dict, source: str) -> None:
 
 def check_sizes(model_cfg: dict, source: str) -> None:
     """Refuse towers without pixels, patches, blocks or words, and patches larger than the picture."""
+    check_count(model_cfg["embed_dim"], f"{source}: embed_dim")
     for tower, names in COUNTED.items():
         for name in names:
             value = model_cfg[tower].get(name)
-            sizes = value if isinstance(value, list | tuple) else [value]
-            counts = value is None or (bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes))
-            check(counts, source, f"{tower}.{name}", "must be 1 or more", value)
+            several = value if value and isinstance(value, list | tuple) else [1 if value is None else value]
+            for each in several:
+                check_count(each, f"{source}: {tower}.{name}")
+        ratio = model_cfg[tower].get("mlp_ratio", 4.0)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+            raise ValueError(f"{source}: {tower}.mlp_ratio must be a number above 0, got {ratio!r}")
     vision = model_cfg["vision_cfg"]
     smallest = min(sides(vision.get("image_size") or 224))
     patch = max(sides(vision.get("patch_size") or 1))
     if patch > smallest:
         raise ValueError(f"{source}: vision_cfg.patch_size {patch} is larger than its pictures, of {smallest} pixels")
+
+
+def check_count(value: object, what: str) -> None:
+    """Refuse what does not count something; True is no number here."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a whole number from 1, got {value!r}")
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:

@@ -27,7 +27,7 @@ LAYERS = {
     "sinkhorn": SinkhornMoE,
     "base": BaseMoE,
 }
-PER_PASS = " for one picture, or one group of them"
+PER_PASS = " for one picture or caption, or one group of pictures"
 # The layer's names of the losses, and the settings that weigh them.
 AUX_LOSSES = {"importance": "importance_loss", "load": "load_loss", "gshard": "gshard_loss"}
 
@@ -72,6 +72,8 @@ def check_tokens(layer: nn.Module, tower: nn.Module) -> None:
         num_tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
     elif hasattr(trunk, "grid_size"):
         num_tokens = trunk.grid_size[0] * trunk.grid_size[1] + 1
+    elif hasattr(trunk, "context_length"):
+        num_tokens = trunk.context_length
     else:
         return
     num_experts, (_, d, f) = layer.experts.num_experts, layer.experts.w_in.shape
@@ -104,6 +106,11 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
     # fewer of them.
     other = hasattr(trunk, "num_prefix_tokens") and not hasattr(trunk, "patch_embed")
     other = other or (hasattr(trunk, "patch_embed") and not hasattr(trunk, "global_pool"))
+    if blocks is None and hasattr(trunk, "config"):  # transformers'
+        raise ValueError(
+            f"cannot put MoE layers into a text tower of transformers' ({type(trunk).__name__}): take our text tower "
+            "(text_cfg.softmoe_text)."
+        )
     if blocks is None or other or not all(hasattr(block, "mlp") for block in blocks):
         raise ValueError(
             f"cannot put MoE layers into a {type(trunk).__name__}: "

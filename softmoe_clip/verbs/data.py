@@ -127,4 +127,6 @@ def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Opt
     from softmoe_clip.data_pipelines.tar_index import ShardSet
     from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give the file to write, as {out / 'tokenizer.model'}")
     train_tokenizer(all_captions(ShardSet.open(shards)), out, vocab_size)
