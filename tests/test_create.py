@@ -10,7 +10,15 @@ import torch
 import softmoe_clip.plugin
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.models.complexity import text_complexity
-from softmoe_clip.models.create import architecture, create_model, folder_config, read_architecture
+from softmoe_clip.models.create import (
+    NEW_MODEL_PREPROCESS,
+    architecture,
+    build,
+    create_model,
+    folder_config,
+    read_architecture,
+)
+from softmoe_clip.models.written import check_written
 from softmoe_clip.moe import SoftMoE
 
 
@@ -204,3 +212,15 @@ def test_a_wrong_architecture_file_is_one_sentence(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         create_model(ModelConfig(str(path)))
+
+
+@pytest.mark.parametrize("softmoe", [None, {"image_moe": {"num_experts": 4.0, "layers": [0]}}])
+def test_experts_are_read_as_they_are_checked(softmoe):
+    model_cfg = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1}}
+    model_cfg["vision_cfg"]["head_width"] = 8
+    model_cfg["text_cfg"] = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    written = {"model_cfg": model_cfg, "preprocess_cfg": NEW_MODEL_PREPROCESS, "softmoe": softmoe}
+    check_written(written, "it")
+    experts = getattr(build(written).visual.transformer.resblocks[0].mlp, "experts", None)
+    assert (experts is None) == (softmoe is None)
+    assert experts is None or experts.num_experts == 4

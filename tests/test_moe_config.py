@@ -136,7 +136,7 @@ def test_slots_whose_contents_do_not_fit_into_memory_are_refused_before_anything
     monkeypatch.setattr("softmoe_clip.moe.memory.machine_memory", lambda: 150 * 2**20)
     tower = native_tower()
     before = str(tower)
-    with pytest.raises(ValueError, match=r"the 1,\d+,\d+ slots of 1 experts need .* GiB for one picture, or one group"):
+    with pytest.raises(ValueError, match=r"the 1,\d+,\d+ slots of 1 experts need .* GiB for one picture or caption"):
         install(tower, MoEConfig(**settings))
     assert str(tower) == before
 

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from softmoe_clip.config import ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.tokenizers import SentencePieceTokenizer, open_clip_tokenizer
@@ -192,32 +191,6 @@ def test_a_file_cut_in_half_is_one_sentence_that_names_it(folder, tmp_path, name
     with pytest.raises(ValueError, match=name) as error:
         load(copy)
     assert "\n" not in str(error.value)
-
-
-def test_a_foreign_weights_file_cut_in_half_is_one_sentence_that_names_it(folder, tmp_path):
-    copy = copy_of(folder, tmp_path)
-    torch.save(load_file(copy / "open_clip_model.safetensors"), copy / "open_clip_pytorch_model.bin")
-    (copy / "open_clip_model.safetensors").unlink()
-    whole = (copy / "open_clip_pytorch_model.bin").read_bytes()
-    load(copy)
-    for size in (len(whole) // 2, 100, 0):
-        (copy / "open_clip_pytorch_model.bin").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"open_clip_pytorch_model\.bin") as error:
-            load(copy)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("experts", [None, {"image_moe": {"num_experts": 4.0}}])
-def test_experts_are_read_as_they_are_checked(tmp_path, tokenizer, picture, experts):
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "head_width": 16}
-    path = tmp_path / "Small.json"
-    arch = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"width": 16, "heads": 2, "layers": 1}}
-    path.write_text(json.dumps(arch))
-    made = new_model(ModelConfig(str(path), None if experts is None else MoEConfig(num_experts=4)), tokenizer)
-    save(made, tmp_path / "model")
-    file = tmp_path / "model/open_clip_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"softmoe": experts}))
-    assert_same_features(made, load(tmp_path / "model"), picture)
 
 
 def test_a_missing_weights_file_is_one_sentence(folder, tmp_path):

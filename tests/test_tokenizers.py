@@ -16,6 +16,8 @@ from softmoe_clip.data_pipelines.tokenizers import (
     TransformersTokenizer,
     load_tokenizer,
     open_clip_tokenizer,
+    options_in,
+    set_options,
 )
 from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 
@@ -153,6 +155,14 @@ def test_what_an_architecture_says_of_its_tokenizer_is_done_and_travels(bert, tm
     assert not ends or (tokenizer(captions) == tokenizer.eos_id).sum(1).tolist() == [1, 1]
     tokenizer.save(tmp_path / "saved")
     assert torch.equal(load_tokenizer(tmp_path / "saved")(captions), tokenizer(captions))
+
+
+@pytest.mark.parametrize("options", [{}, {"clean": "lower"}, {"tokenizer_mode": "clips", "strip_sep_token": True}])
+@pytest.mark.parametrize("text_cfg", [{}, {"tokenizer_kwargs": {"clean": "canonicalize"}, "tokenizer_mode": "clips"}])
+def test_a_text_cfg_tells_open_clip_what_the_tokenizer_does(options, text_cfg):
+    text_cfg = dict(text_cfg)
+    set_options(text_cfg, options)
+    assert options_in(text_cfg) == options
 
 
 def test_a_tokenizer_of_transformers_that_has_lost_its_words_is_refused(bert, tmp_path):

@@ -14,6 +14,7 @@ from tiny_bert import write_tokenizer
 
 from softmoe_clip.models.store import load
 from softmoe_clip.models.upcycle import upcycle
+from softmoe_clip.training.build import run_tokenizer
 
 MEAN, STD = [0.4, 0.3, 0.2], [0.3, 0.2, 0.1]
 NATIVE = {
@@ -123,8 +124,25 @@ def test_a_siglip_folder_that_open_clip_wrote_keeps_tokenizer_and_preprocessing(
     picture = Image.effect_noise((50, 40), 60).convert("RGB")
     expected = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'source'}")[2](picture)
     assert torch.equal(after.transform(picture), expected)
+    for folder in ("source", "out", "words"):  # a run that goes on with it reads the same ids, whichever is named
+        assert torch.equal(run_tokenizer(str(tmp_path / folder), SIGLIP["text_cfg"])(CAPTIONS), tokenizer(CAPTIONS))
     assert torch.equal(after.model.logit_bias, model.logit_bias)
     torch.testing.assert_close(after.model.encode_image(expected[None]), model.encode_image(expected[None]))
+
+
+def test_a_foreign_weights_file_cut_in_half_is_one_sentence_that_names_it(tmp_path):
+    model = open_clip.CLIP(**NATIVE)
+    config = {"model_cfg": NATIVE, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    file = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(model.state_dict(), file)
+    load(tmp_path)
+    whole = file.read_bytes()
+    for size in (len(whole) // 2, 100, 0):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"open_clip_pytorch_model\.bin") as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture
