@@ -25,7 +25,7 @@ from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.shard_files import write_lines, write_synced
 from softmoe_clip.data_pipelines.shard_writer import check_shard_size, finish_folder
 from softmoe_clip.data_pipelines.sources import SourceItem, read_source
-from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share
+from softmoe_clip.data_pipelines.sources.items import Prompts, plain_prompt, share, with_roles
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 LAYOUTS = ("img2dataset", "benchmark")
@@ -56,17 +56,21 @@ def pack(
     root: str | Path | None = None,
     prompts: Prompts | None = None,
     num_workers: int | None = None,
+    roles: bool = False,
 ) -> PackReport:
     """Write the pictures of a source (see `read_source`) to OUT/train, OUT/val, ...; with SPLIT only that, into OUT.
 
     A source without splits is divided by a hash of the names, a share of `holdout` (0 to 1) into val; in the benchmark
     layout, CLIP_benchmark's, all of it is the split test. What can't be used is listed in skipped.jsonl beside the
-    shards. A pack that was stopped continues where it was. `num_workers` (all cores) does not change the bytes.
+    shards. A pack that was stopped continues where it was. `num_workers` (all cores) does not change the bytes. With
+    `roles`, splits are called train, val and test whatever the source calls them (see `with_roles`).
     Raises ValueError where nothing is left, OUT is not empty, or a pack with other arguments is unfinished there.
     """
     refuse_existing(out)
     check_arguments(shard_size, holdout, layout, num_workers)
     found = read_source(source, image_column, caption_columns, root, prompts)
+    if roles:
+        found = found._replace(items=with_roles(found.items))
     if found.classnames and Path(out).absolute().is_relative_to(Path(source).absolute()):
         raise ValueError(f"{out} lies inside the source, where it would be one more class: choose another folder")
     splits = divide(found.items, source, split, holdout, layout)

@@ -1,6 +1,7 @@
 """Everything once: pictures to shards, a trained model, its numbers, an index to search, and a report to look at."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,11 @@ def make_shards(data: str | None, out: Path) -> None:
     from softmoe_clip.data_pipelines.pack import pack
 
     try:
-        report = pack(data, out)
+        report = pack(data, out, roles=True)
+        if "train" not in report.counts or not report.counts.keys() & {"val", "test"}:
+            shutil.rmtree(out)
+            reason = f" ({report.skipped[0]['name']}: {report.skipped[0]['reason']})" if report.skipped else ""
+            raise ValueError(f"{data} has too few pictures to train on some and hold out others{reason}: add pictures")
     except BaseException:
         # Nothing half-written stays, except finished shards, with which the same command continues.
         if not out.with_name(f"{out.name}.partial").exists():
@@ -135,7 +140,10 @@ def demo_config(data: str | None, out: Path) -> TrainConfig:
 
 def held_out_shards(out: Path) -> Path:
     """Return the shards that the numbers are measured on: the test split where there is one, else val."""
-    return next(path for split in ("test", "val", "train") if (path := out / "shards" / split).exists())
+    for split in ("test", "val"):
+        if (path := out / "shards" / split).exists():
+            return path
+    raise ValueError(f"{out / 'shards'} has neither test nor val to measure on: remove {out} and run the demo again")
 
 
 def demo_suite(data: str | None, out: Path) -> SuiteConfig:

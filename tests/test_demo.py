@@ -7,11 +7,13 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from softmoe_clip.data_pipelines.pack import pack
 from softmoe_clip.data_pipelines.scenes import train_sample, write_scenes
 from softmoe_clip.data_pipelines.scenes_held_out import long_samples, val_samples
+from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
 from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
-from softmoe_clip.demo import MOST_PASSES, demo_config
+from softmoe_clip.demo import MOST_PASSES, demo_config, held_out_shards, make_shards
 
 
 def write_pictures(folder, count):
@@ -87,6 +89,60 @@ def test_bad_data_is_one_line_and_no_folder_is_left(softmoe_clip, tmp_path, monk
     assert "mine" in lines[-1] or "00.png" in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert not (tmp_path / "out").exists()
+
+
+def write_table(folder, *splits, text="a wall"):
+    """Pictures listed in a table that names a split for each."""
+    write_pictures(folder, len(splits))
+    rows = [f"{number:02}.png,{text},{split}\n" for number, split in enumerate(splits)]
+    (folder / "captions.csv").write_text("image,caption,split\n" + "".join(rows))
+
+
+SPLITS_OF_A_SOURCE = {
+    "validation": (["train"] * 6 + ["validation"] * 3, {"train": 6, "val": 3}, "val"),
+    "other words": (["Training"] * 6 + ["dev"] * 2 + ["testing"], {"train": 6, "val": 2, "test": 1}, "test"),
+    "unnamed rows": ([""] * 6 + ["valid"] * 3, {"train": 6, "val": 3}, "val"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS_OF_A_SOURCE)
+def test_the_splits_of_a_source_are_found_under_other_names(tmp_path, name):
+    splits, counts, held_out = SPLITS_OF_A_SOURCE[name]
+    write_table(tmp_path / "mine", *splits)
+    make_shards(str(tmp_path / "mine"), tmp_path / "out/shards")
+    found = {path.name: len(ShardSet.open(str(path))) for path in (tmp_path / "out/shards").iterdir()}
+    assert found == counts
+    assert held_out_shards(tmp_path / "out").name == held_out
+
+
+@pytest.mark.parametrize(
+    "splits", [["train"] * 9, ["val"] * 9, ["dev"] * 5 + ["test"] * 4, ["train"] * 5 + ["more"] * 4]
+)
+def test_pictures_are_held_out_where_the_source_holds_out_none_or_all(tmp_path, splits):
+    write_table(tmp_path / "mine", *splits)
+    make_shards(str(tmp_path / "mine"), tmp_path / "out/shards")
+    found = {path.name: set(keys_of(path)) for path in (tmp_path / "out/shards").iterdir()}
+    assert found.keys() == {"train", "val"}
+    assert len(found["train"]) + len(found["val"]) == 9
+    assert held_out_shards(tmp_path / "out").name == "val"
+
+
+def keys_of(folder):
+    shards = ShardSet.open(str(folder))
+    return [json.loads(shards.read(index).members["json"])["file_name"] for index in range(len(shards))]
+
+
+def test_training_pictures_are_never_taken_for_held_out_ones(softmoe_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "mine", "train", "train", "validation")
+    (tmp_path / "mine/02.png").write_text("no picture")
+    done = softmoe_clip("demo", "--data", "mine", "--out", "out")
+    assert done.returncode == 2, done
+    assert "too few pictures to train on some and hold out others (02.png: " in done.stderr
+    assert not (tmp_path / "out").exists()
+    pack("mine", "out/shards")  # as a demo may have left it: train alone
+    with pytest.raises(ValueError, match="neither test nor val"):
+        held_out_shards(tmp_path / "out")
 
 
 def test_a_folder_with_other_things_is_left_alone(softmoe_clip, tmp_path, monkeypatch):

@@ -15,7 +15,12 @@ PICTURES = frozenset(
         *("xbm", "xpm", "heic", "heif"),
     )
 )
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
+ROLES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLITS = frozenset(ROLES)
 
 # From a class name to the captions of its pictures.
 Prompts = Callable[[str], Sequence[str]]
@@ -57,6 +62,15 @@ def share(name: str) -> float:
 def mixed(items: Iterable[SourceItem]) -> list[SourceItem]:
     """Order pictures that come class by class by a hash: shards of one class each would make poor batches."""
     return sorted(items, key=lambda item: (share(item.name), item.name))
+
+
+def with_roles(items: list[SourceItem]) -> list[SourceItem]:
+    """Call the splits of a source train, val and test; without splits where it has none to train on or to hold out."""
+    named = [item._replace(split=ROLES.get((item.split or "train").lower(), item.split)) for item in items]
+    usable = {item.split for item in named if item.captions and item.problem is None}
+    if "train" in usable and usable & {"val", "test"}:
+        return named
+    return [item._replace(split=None) for item in items]
 
 
 def files_below(folder: Path) -> Iterator[Path]:
