@@ -26,6 +26,8 @@ class TaskConfig:
             )
         if not self.name or "/" in self.name:
             raise ValueError(f"a task needs a name without `/`, got {self.name!r}")
+        if not self.data.strip():
+            raise ValueError(f"the data of {self.name} is empty: name its shards, or its folder of class folders")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def read_source(
         return _checked(_shards(str(source), prompts), source, "add a .txt to their samples", prompts)
     if not path.exists():
         raise ValueError(f"the source {path} does not exist: check the path")
-    if tables := _tables(path):
+    if tables := tables_of(path):
         found = Source([item for table in tables for item in read_table(table, columns)])
         advice = "fill its caption column, or name it with --caption-column"
         return _checked(found, tables[0] if len(tables) == 1 else path, advice, prompts, path)
@@ -54,7 +54,8 @@ def read_source(
     return _checked(Source(read_text_folder(path)), path, "put X.txt, one caption per line, beside X.jpg", prompts)
 
 
-def _tables(path: Path) -> list[Path]:
+def tables_of(path: Path) -> list[Path]:
+    """List the tables of captions that make up a source; none where it is of another kind."""
     if not path.is_dir():
         return [path]
     if found := [path / name for name in TABLES if (path / name).is_file()]:
