@@ -119,8 +119,8 @@ def test_all_members_of_a_sample_stay_byte_for_byte_and_in_order(tmp_path, pictu
         (sample,) = samples(tmp_path / "out" / tar.parent.name)
         expected = {"png" if name == f"a.{picture}" else name.removeprefix("a."): data for name, data in members}
         assert list(sample.members) == list(expected)
-        expected["json"] = sample.members["json"]
-        expected["txt"] = texts or expected["txt"]
+        if texts:
+            expected |= {"json": sample.members["json"], "txt": texts}
         assert sample.members == expected
         assert json.loads(sample.members["json"])["licence"] == "free"
 
@@ -133,3 +133,26 @@ def test_captions_that_no_txt_holds_get_one(tmp_path):
     one, two = samples(tmp_path / "out")
     assert (one.members["caption"], one.members["txt"]) == (b"a caption", b"a caption")
     assert two.members["txt"] == b"one\ntwo"
+
+
+OWN_FIELDS = b'{"key": {"of": "a licence"}, "captions": "see .txt"}'
+
+
+@pytest.mark.parametrize("double", [None, b"TURKEY in the snow\n"])
+def test_a_sample_that_gains_no_caption_keeps_its_own_as_they_are(tmp_path, double):
+    members = [("png", png(0)), ("txt", b"Turkey in the snow\nturkey in the snow\n"), ("json", OWN_FIELDS)]
+    others = [] if double is None else [("b.png", png(0)), ("b.txt", double)]
+    write_tar(tmp_path / "in" / "0.tar", [*((f"a.{name}", data) for name, data in members), *others])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert sample.members == dict(members)
+
+
+def test_captions_that_equal_each_other_stay_where_others_join_them_once(tmp_path):
+    first = [("a.png", png(0)), ("a.txt", b"One\none"), ("a.json", b'["One", "one"]')]
+    second = [("b.png", png(0)), ("b.txt", b"ONE\ntwo\nTwo")]
+    write_tar(tmp_path / "in" / "0.tar", [*first, *second])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert sample.members["txt"] == b"One\none\ntwo"
+    assert sample.members["json"] == b'["One", "one"]', "a list has no fields to write captions to"
