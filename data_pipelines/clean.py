@@ -29,8 +29,8 @@ class Cleaned(NamedTuple):
 def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) -> Cleaned:
     """Write the samples without errors and leaks to OUT, with new keys and counts; skipped.jsonl names the others.
 
-    Of pictures that are the same byte for byte the first stays, and takes over the captions of its doubles. Nearly
-    doubled pictures stay. Raises ValueError where nothing is left, or OUT is not empty.
+    Of pictures that are the same byte for byte, with no other label, the first stays, and takes over the captions of
+    its doubles. Nearly doubled pictures stay. Raises ValueError where nothing is left, or OUT is not empty.
     """
     contents = report.contents
     if not len(contents.facts.keys) > len(report.dropped):
@@ -60,14 +60,16 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
 
 
 def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
-    """Gather, by the first sample that is kept, the later ones with the same picture."""
+    """Gather, by the first sample that is kept, the later ones with the same picture and label, or with no label."""
+    labels = report.contents.facts.labels
     joins: dict[int, list[int]] = defaultdict(list)
-    keeper: dict[int, int] = {}
+    keeper: dict[tuple[int, int | None], int] = {}
     for double, first in sorted(report.doubles.items()):
-        if double in report.dropped:
-            continue
-        kept = keeper.setdefault(first, double if first in report.dropped else first)
-        if kept != double:
+        for sample in (first, double):
+            if sample not in report.dropped:
+                keeper.setdefault((first, None), sample)
+                keeper.setdefault((first, labels[sample]), sample)
+        if double not in report.dropped and (kept := keeper[first, labels[double]]) != double:
             joins[kept].append(double)
     return joins
 
