@@ -151,3 +151,13 @@ def test_no_samples_is_an_error(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no samples"):
         count(str(tmp_path))
+
+
+def test_a_lone_sentencepiece_model_does_not_say_what_the_model_takes(mixed, tmp_path, tokenizer_file):
+    stats = count(str(mixed), str(tokenizer_file))
+    assert stats.context_length is None
+    assert stats.tokens_per_caption == count(str(mixed), str(tokenizer_file), context_length=64).tokens_per_caption
+    written = write_stats(stats, "alone", tmp_path / "out")
+    text = written.read_text("utf-8")
+    assert "Tokens per caption" in text
+    assert "The model takes" not in text
