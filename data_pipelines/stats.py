@@ -61,6 +61,12 @@ def count(
 
     TOKENIZER and CONTEXT_LENGTH are what `load_tokenizer` takes. Raises ValueError where there are no samples.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}: give 1 or more")
+    if context_length is not None and tokenizer is None:
+        raise ValueError(f"the context length {context_length} says nothing without a tokenizer: give --tokenizer too")
+    if context_length is not None and context_length < 2:
+        raise ValueError(f"the context length is {context_length}: give 2 or more")
     jobs = jobs or usable_cores()
     counting = (str(tokenizer), context_length) if tokenizer else None
     context_length = loaded_tokenizer(*counting)[1] if counting else None

@@ -161,3 +161,20 @@ def test_a_lone_sentencepiece_model_does_not_say_what_the_model_takes(mixed, tmp
     text = written.read_text("utf-8")
     assert "Tokens per caption" in text
     assert "The model takes" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--context-length", "3"), "the context length 3 says nothing without a tokenizer: give --tokenizer too"),
+        (("--context-length", "0", "--tokenizer", "t.model"), "the context length is 0: give 2 or more"),
+        (("--jobs", "-5"), "jobs is -5: give 1 or more"),
+        (("--jobs", "0"), "jobs is 0: give 1 or more"),
+    ],
+)
+def test_options_that_say_nothing_stop_before_anything_is_read(softmoe_clip, tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    done = softmoe_clip("stats", "shards", "out", *options)
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
