@@ -1,6 +1,8 @@
 """Write a checked shard set anew, without what is wrong with it."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +29,8 @@ class Cleaned(NamedTuple):
 def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) -> Cleaned:
     """Write the samples without errors and leaks to OUT, with new keys and counts; skipped.jsonl names the others.
 
-    Of pictures that are the same byte for byte the first stays, and takes over the captions of its doubles. Nearly
-    doubled pictures stay. Raises ValueError where nothing is left, or OUT is not empty.
+    Of pictures that are the same byte for byte, with no other label, the first stays, and takes over the captions of
+    its doubles. Nearly doubled pictures stay. Raises ValueError where nothing is left, or OUT is not empty.
     """
     contents = report.contents
     if not len(contents.facts.keys) > len(report.dropped):
@@ -46,11 +48,8 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
                 if sample in left_out:
                     continue
                 pair = read_pair(raw)
-                captions: dict[str, str] = {}
-                for texts in (pair.captions, *(read_pair(contents.read(double)).captions for double in joins[sample])):
-                    for text in texts:
-                        captions.setdefault(plain(text), text)
-                add(writer, raw, pair, tuple(captions.values()), name)
+                others = (read_pair(contents.read(double)).captions for double in joins[sample])
+                add(writer, raw, pair, gained(pair.captions, others), name)
         lines = [
             {"key": keys[sample], "shard": names[contents.facts.shards[sample]], "reason": reason}
             for sample, reason in sorted(left_out.items())
@@ -61,26 +60,42 @@ def write_clean(report: CheckReport, out: str | Path, shard_size: int = 1000) ->
 
 
 def doubles_to_join(report: CheckReport) -> dict[int, list[int]]:
-    """Gather, by the first sample that is kept, the later ones with the same picture."""
+    """Gather, by the first sample that is kept, the later ones with the same picture and label, or with no label."""
+    labels = report.contents.facts.labels
     joins: dict[int, list[int]] = defaultdict(list)
-    keeper: dict[int, int] = {}
+    keeper: dict[tuple[int, int | None], int] = {}
     for double, first in sorted(report.doubles.items()):
-        if double in report.dropped:
-            continue
-        kept = keeper.setdefault(first, double if first in report.dropped else first)
-        if kept != double:
+        for sample in (first, double):
+            if sample not in report.dropped:
+                keeper.setdefault((first, None), sample)
+                keeper.setdefault((first, labels[sample]), sample)
+        if double not in report.dropped and (kept := keeper[first, labels[double]]) != double:
             joins[kept].append(double)
     return joins
 
 
-def add(writer: ShardWriter, raw: RawSample, pair: Pair, captions: tuple[str, ...], shard: str) -> None:
-    """Write one sample with all its members; only the .json, and a .txt that does not say these captions, are new."""
+def gained(own: Sequence[str], others: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """List, each once, the captions of a sample's doubles that it does not have itself."""
+    known, new = set(map(plain, own)), {}
+    for text in chain.from_iterable(others):
+        if plain(text) not in known:
+            new.setdefault(plain(text), text)
+    return tuple(new.values())
+
+
+def add(writer: ShardWriter, raw: RawSample, pair: Pair, new: tuple[str, ...], shard: str) -> None:
+    """Write one sample with all its members as they are; NEW captions join those of its .txt and .json.
+
+    A .json that is missing is made, to name the source, and a .txt where none has the captions.
+    """
     name = picture_extension(raw.members)
     extension = PLAIN.get(kind := name.rpartition(".")[2], kind)
     members = {extension if member == name else member: data for member, data in raw.members.items()}
     extra = {"source_key": raw.key, "source_shard": shard, **json_fields(raw.members)}
+    captions = pair.captions + new
     written, row = members_of(writer.next_key, pair.image, extension, captions, extra, pair.label)
-    members["json"] = written["json"]
-    if "txt" not in members or captions_of({"txt": members["txt"]}) != captions:
+    if "json" not in members or (new and json_fields({"json": members["json"]})):
+        members["json"] = written["json"]
+    if new or (captions and not captions_of({"txt": members.get("txt", b"")})):
         members["txt"] = written["txt"]
     writer.add_members(members, row)

@@ -23,6 +23,7 @@ WARNINGS = {
     "split key": "the members of a sample lie in two shards",
     "only a label": "samples with a label and no caption",
     "same picture": "a picture that an earlier sample has, byte for byte",
+    "other label": "a picture that an earlier sample has, byte for byte, with another label",
     "near picture": "a picture that looks nearly like an earlier one",
     "same caption": "a caption of several samples",
     "leaked picture": "a picture that the other set has, too, or nearly",

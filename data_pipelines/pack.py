@@ -60,10 +60,11 @@ def pack(
 ) -> PackReport:
     """Write the pictures of a source (see `read_source`) to OUT/train, OUT/val, ...; with SPLIT only that, into OUT.
 
-    A source without splits is divided by a hash of the names, a share of `holdout` (0 to 1) into val; in the benchmark
-    layout, CLIP_benchmark's, all of it is the split test. What can't be used is listed in skipped.jsonl beside the
-    shards. A pack that was stopped continues where it was. `num_workers` (all cores) does not change the bytes. With
-    `roles`, splits are called train, val and test whatever the source calls them (see `with_roles`).
+    In the benchmark layout SPLIT, too, has a folder of its own. A source without splits is divided by a hash of the
+    names, a share of `holdout` (0 to 1) into val; in the benchmark layout, CLIP_benchmark's, all of it is the split
+    test. What can't be used is listed in skipped.jsonl beside the shards. A pack that was stopped continues where it
+    was. `num_workers` (all cores) does not change the bytes. With `roles`, splits are called train, val and test
+    whatever the source calls them (see `with_roles`).
     Raises ValueError where nothing is left, OUT is not empty, or a pack with other arguments is unfinished there.
     """
     refuse_existing(out)

@@ -25,12 +25,13 @@ class Trouble(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is kept of n samples: about 130 bytes each, and 24 for each caption."""
+    """What is kept of n samples: about 140 bytes each, and 24 for each caption."""
 
     keys: list[str]
     shards: np.ndarray  # (n,) the number of each sample's shard
     digests: np.ndarray  # (n, 16) of the picture's bytes; zeros without a picture
     look: Look
+    labels: list[int | None]  # (n,) of .cls
     captions: np.ndarray  # (c,) a digest of each caption
     pairs: np.ndarray  # (c,) a digest of each caption with its key
     owners: np.ndarray  # (c,) the sample of each caption
@@ -62,6 +63,7 @@ def read_chunk(task: tuple[str, TarPart, int]) -> Facts:
             kind = "no picture" if bad.reason.startswith("no picture") else "bad caption"
             facts.troubles.append(Trouble(sample, kind, bad.reason))
             continue
+        facts.labels[sample] = pair.label
         facts.digests[sample] = np.frombuffer(blake2b(pair.image, digest_size=DIGEST_BYTES).digest(), np.uint8)
         for caption in dict.fromkeys(map(plain, pair.captions)):
             captions.append(digest(caption))
@@ -98,7 +100,8 @@ def no_facts(keys: list[str] | None = None, shard: int = 0) -> Facts:
     look = Look(np.zeros((n, HASH_BYTES), np.uint8), np.zeros((n, COLOUR_BYTES), np.uint8), np.zeros(n, bool))
     empty = np.zeros(0, np.uint64)
     digests = np.zeros((n, DIGEST_BYTES), np.uint8)
-    return Facts(list(keys or ()), np.full(n, shard, np.int32), digests, look, empty, empty, np.zeros(0, np.int64), [])
+    shards, owners = np.full(n, shard, np.int32), np.zeros(0, np.int64)
+    return Facts(list(keys or ()), shards, digests, look, [None] * n, empty, empty, owners, [])
 
 
 def joined(chunks: list[Facts]) -> Facts:
@@ -110,6 +113,7 @@ def joined(chunks: list[Facts]) -> Facts:
         np.concatenate([chunk.shards for chunk in chunks]),
         np.concatenate([chunk.digests for chunk in chunks]),
         Look(*(np.concatenate(arrays) for arrays in zip(*(chunk.look for chunk in chunks), strict=True))),
+        [label for chunk in chunks for label in chunk.labels],
         np.concatenate([chunk.captions for chunk in chunks]),
         np.concatenate([chunk.pairs for chunk in chunks]),
         np.concatenate([first + chunk.owners for first, chunk in placed]),

@@ -101,7 +101,12 @@ def doubles(facts: Facts, names: Sequence[str], same: Sequence[Place]) -> Iterat
     for double in same:
         other = place(facts, names, double.other)
         name = names[facts.shards[double.sample]]
-        yield finding("same picture", name, facts.keys[double.sample], f"the same bytes as {other}", other)
+        kind, reason = "same picture", f"the same bytes as {other}"
+        own, earlier = (facts.labels[sample] for sample in double)
+        if own not in (None, earlier):
+            there = "none" if earlier is None else earlier
+            kind, reason = "other label", f"{reason}, but the label is {own} here and {there} there: correct one"
+        yield finding(kind, name, facts.keys[double.sample], reason, other)
     for sample, earlier, bits in near_pictures(facts, same):
         other = place(facts, names, earlier)
         reason = f"looks like {other} ({bits} of 256 bits differ)"

@@ -18,9 +18,9 @@ from softmoe_clip.data_pipelines.tar_samples import FEW_SAMPLES, chunks_of, inde
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-DEFAULT_CONTEXT_LENGTH = 64  # for a lone sentencepiece model, which does not say one
 HELD = 128  # chunks that are counted before they are added up
 LONGER = 4  # captions are counted up to this many context lengths, to see what would be cut off
+MOST_COUNTED = 256  # tokens of a caption for a lone sentencepiece model, which does not say a context length
 
 
 class Stats(NamedTuple):
@@ -61,6 +61,12 @@ def count(
 
     TOKENIZER and CONTEXT_LENGTH are what `load_tokenizer` takes. Raises ValueError where there are no samples.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}: give 1 or more")
+    if context_length is not None and tokenizer is None:
+        raise ValueError(f"the context length {context_length} says nothing without a tokenizer: give --tokenizer too")
+    if context_length is not None and context_length < 2:
+        raise ValueError(f"the context length is {context_length}: give 2 or more")
     jobs = jobs or usable_cores()
     counting = (str(tokenizer), context_length) if tokenizer else None
     context_length = loaded_tokenizer(*counting)[1] if counting else None
@@ -116,11 +122,12 @@ def header(data: bytes) -> tuple[int, int, str]:
 
 @lru_cache(maxsize=1)
 def loaded_tokenizer(source: str, context_length: int | None):
-    """Load, once per process, a tokenizer that cuts later than the model's does, and the length of the model's."""
+    """Load, once per process, a tokenizer that cuts later than the model's does, and that one's length, if known."""
     from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
 
-    if context_length is None:
-        context_length = DEFAULT_CONTEXT_LENGTH if Path(source).is_file() else load_tokenizer(source).context_length
+    if context_length is None and Path(source).is_file():
+        return load_tokenizer(source, MOST_COUNTED), None
+    context_length = context_length or load_tokenizer(source).context_length
     return load_tokenizer(source, LONGER * context_length), context_length
 
 

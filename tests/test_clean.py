@@ -119,8 +119,8 @@ def test_all_members_of_a_sample_stay_byte_for_byte_and_in_order(tmp_path, pictu
         (sample,) = samples(tmp_path / "out" / tar.parent.name)
         expected = {"png" if name == f"a.{picture}" else name.removeprefix("a."): data for name, data in members}
         assert list(sample.members) == list(expected)
-        expected["json"] = sample.members["json"]
-        expected["txt"] = texts or expected["txt"]
+        if texts:
+            expected |= {"json": sample.members["json"], "txt": texts}
         assert sample.members == expected
         assert json.loads(sample.members["json"])["licence"] == "free"
 
@@ -133,3 +133,56 @@ def test_captions_that_no_txt_holds_get_one(tmp_path):
     one, two = samples(tmp_path / "out")
     assert (one.members["caption"], one.members["txt"]) == (b"a caption", b"a caption")
     assert two.members["txt"] == b"one\ntwo"
+
+
+OWN_FIELDS = b'{"key": {"of": "a licence"}, "captions": "see .txt"}'
+
+
+@pytest.mark.parametrize("double", [None, b"TURKEY in the snow\n"])
+def test_a_sample_that_gains_no_caption_keeps_its_own_as_they_are(tmp_path, double):
+    members = [("png", png(0)), ("txt", b"Turkey in the snow\nturkey in the snow\n"), ("json", OWN_FIELDS)]
+    others = [] if double is None else [("b.png", png(0)), ("b.txt", double)]
+    write_tar(tmp_path / "in" / "0.tar", [*((f"a.{name}", data) for name, data in members), *others])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert sample.members == dict(members)
+
+
+def test_captions_that_equal_each_other_stay_where_others_join_them_once(tmp_path):
+    first = [("a.png", png(0)), ("a.txt", b"One\none"), ("a.json", b'["One", "one"]')]
+    second = [("b.png", png(0)), ("b.txt", b"ONE\ntwo\nTwo")]
+    write_tar(tmp_path / "in" / "0.tar", [*first, *second])
+    write_clean(check(str(tmp_path / "in")), tmp_path / "out")
+    (sample,) = samples(tmp_path / "out")
+    assert sample.members["txt"] == b"One\none\ntwo"
+    assert sample.members["json"] == b'["One", "one"]', "a list has no fields to write captions to"
+
+
+def test_equal_pictures_with_different_labels_are_named_and_not_joined(tmp_path):
+    labels = {"a": 0, "b": 1, "c": 1, "d": None, "e": 0}
+    members = []
+    for key, label in labels.items():
+        members += [(f"{key}.png", png(0)), (f"{key}.txt", f"caption {key}".encode())]
+        members += [] if label is None else [(f"{key}.cls", str(label).encode())]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    report = check(str(tmp_path / "in"))
+    kinds = [(found["kind"], found["key"], found["other"]) for found in report.findings]
+    assert kinds == [
+        (kind, key, "a in 0.tar") for kind, keys in (("other label", "bc"), ("same picture", "de")) for key in keys
+    ]
+    reason = "the same bytes as a in 0.tar, but the label is 1 here and 0 there: correct one"
+    assert report.findings[0]["reason"] == reason
+    assert write_clean(report, tmp_path / "out") == (2, 0, 3)
+    pairs = [read_pair(sample) for sample in samples(tmp_path / "out")]
+    assert [(pair.label, pair.captions) for pair in pairs] == [
+        (0, ("caption a", "caption d", "caption e")),
+        (1, ("caption b", "caption c")),
+    ]
+
+
+def test_a_label_is_not_lost_to_an_equal_picture_without_one(tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", [*whole("a", 0), *whole("b", 0), ("b.cls", b"3")])
+    report = check(str(tmp_path / "in"))
+    assert "the label is 3 here and none there" in report.findings[0]["reason"]
+    write_clean(report, tmp_path / "out")
+    assert [read_pair(sample).label for sample in samples(tmp_path / "out")] == [None, 3]

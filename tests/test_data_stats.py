@@ -151,3 +151,30 @@ def test_no_samples_is_an_error(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no samples"):
         count(str(tmp_path))
+
+
+def test_a_lone_sentencepiece_model_does_not_say_what_the_model_takes(mixed, tmp_path, tokenizer_file):
+    stats = count(str(mixed), str(tokenizer_file))
+    assert stats.context_length is None
+    assert stats.tokens_per_caption == count(str(mixed), str(tokenizer_file), context_length=64).tokens_per_caption
+    written = write_stats(stats, "alone", tmp_path / "out")
+    text = written.read_text("utf-8")
+    assert "Tokens per caption" in text
+    assert "The model takes" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--context-length", "3"), "the context length 3 says nothing without a tokenizer: give --tokenizer too"),
+        (("--context-length", "0", "--tokenizer", "t.model"), "the context length is 0: give 2 or more"),
+        (("--jobs", "-5"), "jobs is -5: give 1 or more"),
+        (("--jobs", "0"), "jobs is 0: give 1 or more"),
+    ],
+)
+def test_options_that_say_nothing_stop_before_anything_is_read(softmoe_clip, tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    done = softmoe_clip("stats", "shards", "out", *options)
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -255,7 +255,8 @@ def test_the_verb_hands_every_option_on(tmp_path, softmoe_clip):
     done = softmoe_clip("pack", tmp_path / "classes", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert "6 pictures  val" in done.stdout
-    assert "2 classes   owl, red fox" in done.stdout
+    assert "2 classes   owl, red fox\n" in done.stdout
+    assert "OUT/SPLIT" in softmoe_clip("pack", "--help").stdout
     shards = ShardSet.open(str(tmp_path / "out" / "val"))
     assert shards.counts == [4, 2]
     picture = Image.open(io.BytesIO(shards.read(0).members["jpg"]))

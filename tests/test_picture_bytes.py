@@ -26,6 +26,13 @@ def test_plain_pictures_keep_their_bytes(format, mode):
     assert (picture.extension, picture.width, picture.height) == ({"JPEG": "jpg"}.get(format, format.lower()), 16, 12)
 
 
+@pytest.mark.parametrize(
+    ("format", "extension"), [("BMP", "png"), ("TIFF", "png"), ("PPM", "png"), ("AVIF", "jpg"), ("JPEG2000", "jpg")]
+)
+def test_plain_pictures_in_other_formats_become_png_and_lossy_ones_jpeg(format, extension):
+    assert for_shard(encoded(noise(), format)).extension == extension
+
+
 def with_white(image, place):
     image = image.copy()
     image.putpixel(place, (255, 255, 255))

@@ -148,3 +148,15 @@ def test_a_damaged_parquet_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(data[:4] + b"\xff" * 60 + data[64:])
     with pytest.raises(ValueError, match=r"t\.parquet is (damaged|no Parquet file)"):
         read_source(tmp_path / "t.parquet")
+
+
+def test_one_file_under_several_names_is_one_picture(tmp_path):
+    picture(tmp_path / "images" / "i.jpg")
+    (tmp_path / "images" / "link.jpg").symlink_to("i.jpg")
+    names = ["i.jpg", "./i.jpg", "images/i.jpg", "images/../images//i.jpg", tmp_path / "images/i.jpg", "link.jpg"]
+    rows = [f"{name},caption {number}\n" for number, name in enumerate([*names, "i.jpg", "gone.jpg", "./gone.jpg"])]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(rows))
+    expected = {"i.jpg": tuple(f"caption {number}" for number in range(7))}
+    items = read_source(tmp_path / "t.csv").items
+    assert captions(items) == {**expected, "gone.jpg": ("caption 7",), "./gone.jpg": ("caption 8",)}
+    assert [item.problem for item in items] == [None, NO_PICTURE, NO_PICTURE]

@@ -68,12 +68,13 @@ def join_rows(
     flat: bool = False,
     split: str | None = None,
 ) -> list[SourceItem]:
-    """Make one item of each picture; with `flat` a picture may also lie in a folder without those in its name.
+    """Make one item of each picture; several names may lead to one file.
 
-    `split` is that of rows which name none.
+    With `flat` a picture may also lie in a folder without those in its name. `split` is that of rows which name none.
     """
     folders = list(dict.fromkeys(folders))
     joined: dict[str, SourceItem] = {}
+    first_name: dict[str, str] = {}  # of each name and each file: what the first row of that picture calls it
     unseen, number, row = set(columns.captions), 0, {}
     for number, row in enumerate(rows, 1):
         chosen = choose(table, number, row, columns)
@@ -84,10 +85,13 @@ def join_rows(
             name, path, read = picture.name, table, picture
         else:
             name, read = str(row[chosen.name]).strip(), None
+            if name not in first_name:
+                path = find(name, folders) or (find(Path(name).name, folders) if flat else None)
+                first_name[name] = first_name.setdefault(os.path.realpath(path), name) if path else name
+            name = first_name[name]
             if name in joined:
                 joined[name] = joined[name]._replace(captions=joined[name].captions + captions)
                 continue
-            path = find(name, folders) or (find(Path(name).name, folders) if flat else None)
         own_split = str(row[chosen.split]).strip() or None if chosen.split is not None else split
         taken = {chosen.name, *chosen.captions, chosen.split}
         extra = {

@@ -70,14 +70,15 @@ def all_charts(stats: Stats) -> list[Chart]:
 
 
 def token_histogram(stats: Stats) -> Chart | None:
-    """Say how many captions the model would cut."""
-    if not stats.tokens_per_caption:
-        return None
+    """Say how many captions the model would cut, where it is known what it takes."""
+    name, title = "tokens", "Tokens per caption"
+    if stats.context_length is None or not stats.tokens_per_caption:
+        return histogram(name, title, stats.tokens_per_caption)
     cut = sum(n for length, n in stats.tokens_per_caption.items() if length > stats.context_length)
     share = percent(cut / stats.tokens_per_caption.total())
     about = f"The model takes {stats.context_length}: {share} of the captions are longer and lose their end."
     mark = (stats.context_length, f"{stats.context_length} taken")
-    return histogram("tokens", "Tokens per caption", stats.tokens_per_caption, about, mark)
+    return histogram(name, title, stats.tokens_per_caption, about, mark)
 
 
 def histogram(

@@ -9,7 +9,7 @@ import typer
 def pack(
     source: str,
     out: Path,
-    split: Annotated[str | None, typer.Option(help="only this split of the source, straight into OUT")] = None,
+    split: Annotated[str | None, typer.Option(help="only this split, straight into OUT (benchmark: OUT/SPLIT)")] = None,
     shard_size: Annotated[int, typer.Option(help="pictures in a shard")] = 1000,
     shorter_side: Annotated[int | None, typer.Option(help="shrink larger pictures to this many pixels")] = None,
     encode: Annotated[str, typer.Option(help="keep the bytes where possible, or jpeg, png, webp for all")] = "keep",
@@ -48,7 +48,8 @@ def pack(
     for name, count in report.counts.items():
         print(f"{count:8,} pictures  {name}")
     if report.classnames:
-        print(f"{len(report.classnames):8,} classes   {', '.join(report.classnames[:5])}, ...")
+        more = ", ..." if len(report.classnames) > 5 else ""
+        print(f"{len(report.classnames):8,} classes   {', '.join(report.classnames[:5])}{more}")
     if report.skipped:
         print(f"{len(report.skipped):8,} skipped   listed in skipped.jsonl")
 
