@@ -50,11 +50,12 @@ def open_index(folder: str | Path) -> OpenIndex:
     if not parts:
         raise ValueError(f"{folder} holds no metadata/metadata_*.parquet: make it again with `softmoe-clip embed`")
     rows = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="default")
-    if rows.num_rows != found["image"].ntotal:
-        raise ValueError(
-            f"{folder}/image.index has {found['image'].ntotal} rows and its metadata {rows.num_rows}: "
-            f"make the index again with `softmoe-clip index {folder}`"
-        )
+    for name, flat in found.items():
+        if flat is not None and flat.ntotal != rows.num_rows:
+            raise ValueError(
+                f"{folder}/{name}.index has {flat.ntotal} rows and its metadata {rows.num_rows}: "
+                f"make the index again with `softmoe-clip index {folder}`"
+            )
     return OpenIndex(found["image"], found["text"], rows, read_meta(folder))
 
 
