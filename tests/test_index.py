@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from softmoe_clip.search.index import index
-from softmoe_clip.search.query import nearest, open_index
+from softmoe_clip.search.query import nearest, open_index, print_hits
 
 
 def write_part(folder, part, images, texts=None, num_rows=None):
@@ -55,6 +55,24 @@ def test_a_folder_of_clip_retrieval_with_float16_and_no_text_is_indexed(tmp_path
     assert hits[0].score == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="text_emb"):
         nearest(opened, unit(10, 0)[3], among="captions")
+
+
+def test_keys_that_are_numbers_are_printed(tmp_path, capsys):
+    write_part(tmp_path, "0", unit(2, 0))
+    pq.write_table(pa.table({"key": [0, 17], "caption": ["a", "b"]}), tmp_path / "metadata/metadata_0.parquet")
+    print_hits(nearest(open_index(index(tmp_path)), unit(2, 0)[0]))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["1.000", "0", "a"]
+    assert second.split()[1:] == ["17", "b"]
+
+
+def test_metadata_that_name_no_picture_are_refused(tmp_path):
+    write_part(tmp_path, "0", unit(2, 0))
+    index(tmp_path)
+    pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "metadata/metadata_0.parquet")
+    for use in (index, open_index):
+        with pytest.raises(ValueError, match=r"metadata.* has neither a column `key` nor `image_path`"):
+            use(tmp_path)
 
 
 def test_an_index_elsewhere_stands_on_its_own(tmp_path):

@@ -122,6 +122,8 @@ def check_rows(embeddings: Path) -> None:
                 raise ValueError(
                     f"{other} is missing beside {path.name}: write the folder again with `softmoe-clip embed`"
                 )
+            if kind == "metadata":
+                check_columns(other, pq.read_schema(other).names)
             rows = pq.read_metadata(other).num_rows if kind == "metadata" else len(load_part(other))
             if rows != shape[0]:
                 raise ValueError(
@@ -130,6 +132,15 @@ def check_rows(embeddings: Path) -> None:
                 )
     if len(widths) > 1:
         raise ValueError(f"the parts in {embeddings}/img_emb differ in width: {sorted(widths)}")
+
+
+def check_columns(metadata: Path, columns: Sequence[str]) -> None:
+    """Refuse metadata that do not say which picture a row is."""
+    if not {"key", "image_path"} & set(columns):
+        raise ValueError(
+            f"{metadata} has neither a column `key` nor `image_path`, by which a hit is named: "
+            f"add one, or write the folder again with `softmoe-clip embed`"
+        )
 
 
 def part_files(embeddings: Path, kind: str) -> list[Path]:
