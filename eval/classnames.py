@@ -18,6 +18,8 @@ def find_classnames(data: str, given: str | Sequence[str] | None) -> list[str]:
 
         return list(IMAGENET_CLASSNAMES)
     if given is not None and not isinstance(given, str):
+        if blank := [place for place, name in enumerate(given, 1) if not name.strip()]:
+            raise ValueError(f"name {blank[0]} of the {len(given)} classnames is empty: every class needs a name")
         return list(given)
     if given is not None:
         return read_classnames(Path(given))

@@ -1,10 +1,13 @@
 """From scores to numbers: recall, ranks and accuracies in float32, chance levels, and one rule for ties.
 
-The rule: scores closer than `TIE` count as equal, and equals stand in random order. A metric is its expectation over
-that order, so that a model that gives every picture the same embedding scores exactly chance, and a class, picture or
-caption that is there twice gets its share of the credit.
+The rule: scores closer than `TIE` count as equal, and equals stand in random order. A share is its expectation over
+that order and a median rank the median over queries and orders together, so that a model that gives everything the
+same embedding scores exactly chance, and a class, picture or caption that is there twice gets its share of the credit.
+Where only the pictures are equal, text to image is chance exactly; image to text is so on the average over the one
+order of the captions that all pictures then have.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from math import comb, lgamma
 from typing import NamedTuple
@@ -41,7 +44,20 @@ def retrieval_metrics(
     own_counts = np.bincount(image_of_text, minlength=len(image_emb))
     assert len(own_counts) == len(image_emb)
     assert own_counts.min() > 0, "every picture needs a caption"
-    to_text, to_image = rank(image_emb, text_emb, image_of_text)
+    return both_ways(*rank(image_emb, text_emb, image_of_text), recall_at)
+
+
+def retrieval_chance(image_of_text: np.ndarray, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Return what random ranking scores, exactly: the same metrics where all candidates are tied."""
+    num_texts, own_counts = len(image_of_text), np.bincount(image_of_text)
+    num_images = len(own_counts)
+    to_text = Ranking(np.zeros(num_images, np.int64), num_texts - own_counts, own_counts)
+    one = np.ones(num_texts, np.int64)
+    return both_ways(to_text, Ranking(0 * one, (num_images - 1) * one, one), recall_at)
+
+
+def both_ways(to_text: Ranking, to_image: Ranking, recall_at: Sequence[int]) -> dict[str, float]:
+    """Put the metrics of both rankings together."""
     return {
         **{f"image_to_text/recall@{k}": float(hits(to_text, k).mean()) for k in recall_at},
         "image_to_text/median_rank": median_rank(to_text),
@@ -76,54 +92,32 @@ def hits(ranking: Ranking, k: int) -> np.ndarray:
     """Return each query's chance of a right candidate in the top k, with equals in random order (hypergeometric)."""
     places = np.clip(k - ranking.better, 0, None)
     hit = (places > ranking.tied).astype(np.float64)
-    for query in np.flatnonzero((places > 0) & (places <= ranking.tied)):
-        right = int(ranking.right[query])
-        hit[query] = 1 - none_drawn(int(ranking.tied[query]) + right, right, int(places[query]))
+    tied = (places > 0) & (places <= ranking.tied)
+    cases, case = np.unique(
+        np.stack([ranking.tied + ranking.right, ranking.right, places], axis=1)[tied], axis=0, return_inverse=True
+    )
+    hit[tied] = np.array([some_drawn(*map(int, numbers)) for numbers in cases])[case.ravel()]
     return hit
 
 
-def none_drawn(total: int, right: int, draws: int) -> float:
-    """Return the probability that `draws` out of `total`, without putting back, hold none of the `right` ones."""
-    if draws > total - right:
-        return 0.0
-    if draws <= 100:
-        return comb(total - right, draws) / comb(total, draws)
-    logs = lgamma(total - right + 1) - lgamma(total - right - draws + 1) - lgamma(total + 1) + lgamma(total - draws + 1)
-    return float(np.exp(logs))
+def some_drawn(total: int, right: int, draws: int) -> float:
+    """Return the probability that `draws` out of `total`, without putting back, hold one of the `right` ones."""
+    few, many = sorted((right, draws))  # the two may change places
+    if few <= 100:
+        return (comb(total, few) - comb(total - many, few)) / comb(total, few)
+    logs = lgamma(total - few + 1) - lgamma(total - few - many + 1) - lgamma(total + 1) + lgamma(total - many + 1)
+    return float(-np.expm1(logs))
 
 
 def median_rank(ranking: Ranking) -> float:
-    """Return the median over queries of the expected rank (from 1) of the first right candidate."""
-    return float(np.median(ranking.better + 1 + ranking.tied / (ranking.right + 1)))
+    """Return the median, over queries and orders of equals, of the rank (from 1) of the first right candidate."""
+    last = 1 + int((ranking.better + ranking.tied).max())
 
+    def first_above(share: float) -> int:
+        return 1 + bisect_right(range(1, last), share, key=lambda k: hits(ranking, k).mean())
 
-def retrieval_chance(image_of_text: np.ndarray, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """Return what random ranking scores, exactly: hypergeometric for pictures that have several captions."""
-    num_texts, own_counts = len(image_of_text), np.bincount(image_of_text)
-    num_images = len(own_counts)
-    return {
-        **{f"image_to_text/recall@{k}": chance_of_hit(num_texts, own_counts, k) for k in recall_at},
-        "image_to_text/median_rank": chance_median(num_texts, own_counts),
-        **{f"text_to_image/recall@{k}": min(k / num_images, 1.0) for k in recall_at},
-        "text_to_image/median_rank": (num_images + 1) / 2,
-    }
-
-
-def chance_of_hit(num_candidates: int, right_counts: np.ndarray, k: int) -> float:
-    """Return the mean chance that a random top k holds one of a query's right candidates."""
-    counts, queries = np.unique(right_counts, return_counts=True)
-    chances = [1 - none_drawn(num_candidates, int(right), min(k, num_candidates)) for right in counts]
-    return float(np.average(chances, weights=queries))
-
-
-def chance_median(num_candidates: int, right_counts: np.ndarray) -> float:
-    """Return the median, over queries and random rankings, of the rank of the first right candidate."""
-    low, high = 1, num_candidates
-    while low < high:
-        middle = (low + high) // 2
-        enough = chance_of_hit(num_candidates, right_counts, middle) >= 0.5
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return float(low)
+    # Half of the ranks may lie at or below one rank and half above: then the median is between it and the next.
+    return (first_above(0.5 - 1e-9) + first_above(0.5 + 1e-9)) / 2
 
 
 def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

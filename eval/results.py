@@ -49,6 +49,10 @@ def load_results(path: str | Path) -> Results:
     try:
         content = json.loads(Path(path).read_text("utf-8"))
         results = Results(**{name: dict(content[name]) for name in ("metrics", "chance", "meta", "details")})
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the result file {path} ({error.strerror}): write one with `softmoe-clip eval --out FILE`"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a result file of `softmoe-clip eval`") from None
     for kind in ("metrics", "chance"):

@@ -23,7 +23,10 @@ TASKS = {
     "negation": caption_pairs,
 }
 VERSIONS = ("softmoe-clip", "torch", "open-clip-torch", "timm", "numpy")
-TIES = "scores closer than 1e-6 are ties; a metric is its expectation over random orders of what is tied"
+TIES = (
+    "scores closer than 1e-6 are ties; a metric is its expectation over random orders of what is tied, "
+    "a median rank the median over these orders, too"
+)
 
 
 def run_suite(encoder: Encoder, suite: SuiteConfig | str | Path, model_name: str = "") -> Results:

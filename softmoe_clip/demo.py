@@ -69,6 +69,9 @@ def demo(data: str | None, out: str | Path) -> Path:
 def claim(out: Path, source: str) -> None:
     """Note which data the demo in this folder is about; refuse a folder that is about other data, or about none."""
     note = out / "demo.json"
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file: give another folder with --out")
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))["source"]
         if before != source:

@@ -46,6 +46,12 @@ def test_missing_and_broken_lists_are_named(tmp_path):
         find_classnames(str(tmp_path), None)
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_an_empty_name_in_a_given_list_is_refused(blank):
+    with pytest.raises(ValueError, match="name 3 of the 4 classnames is empty: every class needs a name"):
+        find_classnames("anywhere", ["x", "y", blank, "z"])
+
+
 def test_labels_beyond_the_list_are_refused():
     check_classes(3, np.array([0, 2]))
     with pytest.raises(ValueError, match="label 3 has no name: the class list has 3 names"):

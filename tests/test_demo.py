@@ -13,7 +13,7 @@ from softmoe_clip.data_pipelines.scenes_held_out import long_samples, val_sample
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
 from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
-from softmoe_clip.demo import MOST_PASSES, demo_config, held_out_shards, make_shards
+from softmoe_clip.demo import MOST_PASSES, claim, demo_config, held_out_shards, make_shards
 
 
 def write_pictures(folder, count):
@@ -153,6 +153,13 @@ def test_a_folder_with_other_things_is_left_alone(softmoe_clip, tmp_path, monkey
     assert done.returncode == 2
     assert "out holds something else than a demo" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("out", ["mine.txt", "mine.txt/deeper"])
+def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path, out):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine\.txt is a file: give another folder with --out"):
+        claim(tmp_path / out, "scenes")
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from softmoe_clip.eval.results import Results
 from softmoe_clip.moe.install import install
 from softmoe_clip.report.examples import Pool, embed_pool, image_to_text, text_to_image
 from softmoe_clip.report.html import write_report
-from softmoe_clip.report.numbers import TIMES, figure
+from softmoe_clip.report.numbers import TIMES, all_figures, figure
 from softmoe_clip.report.plots import Curve, line_chart, smoothed
+from softmoe_clip.report.run_record import Numbers
 
 COLOUR_MODEL = SimpleNamespace(model=ColourModel(), tokenizer=tokenizer, transform=transform, config=None)
 RESULTS = Results(
@@ -205,6 +206,12 @@ def test_metrics_are_put_into_words(name, value, chance, shown):
     told = figure(name, value, chance)
     plain = (told.title, told.task, told.value, told.chance, told.times)
     assert tuple(text.replace("\N{NO-BREAK SPACE}", " ").replace(TIMES, "x") for text in plain) == shown
+
+
+def test_metrics_are_listed_with_their_numbers_in_order():
+    names = ["r/10²/recall@1", "r/9/recall@5", "r/9/recall@10", "r/9/recall@1", "2d/top1"]
+    numbers = Numbers(dict.fromkeys(names, 0.5), {}, {}, {})
+    assert [figure.name for figure in all_figures(numbers)] == [names[place] for place in (4, 3, 1, 2, 0)]
 
 
 def test_charts_take_their_colours_and_fonts_from_the_page():

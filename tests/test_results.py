@@ -54,6 +54,12 @@ def test_another_file_is_no_result_file(tmp_path, text):
         load_results(tmp_path / "r.json")
 
 
+@pytest.mark.parametrize(("name", "why"), [("nofile.json", "No such file"), (".", "Is a directory")])
+def test_a_result_file_that_cannot_be_read_is_one_sentence(tmp_path, name, why):
+    with pytest.raises(ValueError, match=rf"^cannot read the result file .* \({why}.*\): write one with"):
+        load_results(tmp_path / name)
+
+
 @pytest.mark.parametrize("value", ["null", '"0.5"', "NaN", "true", "[]"])
 @pytest.mark.parametrize("kind", ["metrics", "chance"])
 def test_a_metric_that_is_no_number_is_named_with_its_file(tmp_path, kind, value):

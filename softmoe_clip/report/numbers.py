@@ -1,5 +1,6 @@
 """Metrics in words people read: a title, the value, and chance beside it."""
 
+import re
 from typing import NamedTuple
 
 from softmoe_clip.report.run_record import Numbers
@@ -74,8 +75,15 @@ def percent(value: float) -> str:
 
 
 def all_figures(numbers: Numbers) -> list[Figure]:
-    """Every metric, in the order of its name."""
-    return [figure(name, value, numbers.chance.get(name)) for name, value in sorted(numbers.metrics.items())]
+    """Every metric, in the order of its name, where 5 comes before 10."""
+    return [
+        figure(name, numbers.metrics[name], numbers.chance.get(name)) for name in sorted(numbers.metrics, key=parts)
+    ]
+
+
+def parts(name: str) -> list[str | int]:
+    """Split a name into words and numbers, in turn, to sort by."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def headline_figures(numbers: Numbers, count: int = 6) -> list[Figure]:

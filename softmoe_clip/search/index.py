@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+# What an index is made of. In this order it goes and in the other it comes: never the rest without its image.index.
+COPIED = ("metadata", "meta.json")
+INDICES = {"text.index": "text_emb", "image.index": "img_emb"}
 
 
 def index(embeddings: str | Path, out: str | Path | None = None) -> Path:
@@ -19,8 +23,11 @@ def index(embeddings: str | Path, out: str | Path | None = None) -> Path:
     embeddings = Path(embeddings)
     check_rows(embeddings)
     out = Path(out) if out else embeddings
+    elsewhere = out.resolve() != embeddings.resolve()
+    if elsewhere:
+        check_place(out)
     try:
-        write_indices(embeddings, out)
+        write_indices(embeddings, out, COPIED if elsewhere else ())
     except OSError as error:
         raise ValueError(
             f"cannot write the index to {out} ({error}): make room there or choose another folder with --out"
@@ -28,32 +35,66 @@ def index(embeddings: str | Path, out: str | Path | None = None) -> Path:
     return out
 
 
-def write_indices(embeddings: Path, out: Path) -> None:
-    """Write both indices and the copy of the metadata; an older index stays until both are whole."""
+def check_place(out: Path) -> None:
+    """Refuse a folder whose metadata are not those of an older index: they would be replaced."""
+    if (out / "img_emb").exists():
+        raise ValueError(f"{out} holds other embeddings: choose another folder with --out")
+    for name in COPIED:
+        if (out / name).exists() and not (out / "image.index").exists():
+            raise ValueError(f"{out / name} belongs to no index: choose another folder with --out")
+
+
+def write_indices(embeddings: Path, out: Path, copied: Sequence[str]) -> None:
+    """Write both indices and copy what is to be copied; an older index stays until all is whole, then it goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / ".index.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for name, kind in INDICES.items():
+            write_index(embeddings, kind, partial / name)
+        for name in copied:
+            if (embeddings / name).is_dir():
+                shutil.copytree(embeddings / name, partial / name)
+            elif (embeddings / name).exists():
+                shutil.copy(embeddings / name, partial / name)
+        replace(out, partial, (*copied, *INDICES))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_index(embeddings: Path, kind: str, path: Path) -> None:
+    """Write the index of one kind of embeddings; nothing where there are none."""
     import faiss
 
-    out.mkdir(parents=True, exist_ok=True)
-    partial = []
+    flat = None
+    for rows in unit_rows(embeddings, kind):
+        flat = faiss.IndexFlatIP(rows.shape[1]) if flat is None else flat
+        flat.add(rows)
+    if flat is not None:
+        # Not by its name: faiss does not hear of a disk that is full when it closes the file.
+        with path.open("wb") as file:
+            faiss.write_index(flat, faiss.PyCallbackIOWriter(file.write))
+
+
+def replace(out: Path, partial: Path, names: Sequence[str]) -> None:
+    """Put what `partial` holds in the place of everything of these names; on an error all is as before."""
+    previous = out / ".index.previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    moves = [(out / name, previous / name) for name in names if (out / name).exists()]
+    moves += [(partial / name, out / name) for name in reversed(names) if (partial / name).exists()]
+    done = []
     try:
-        for kind, name in (("img_emb", "image.index"), ("text_emb", "text.index")):
-            flat = None
-            for rows in unit_rows(embeddings, kind):
-                flat = faiss.IndexFlatIP(rows.shape[1]) if flat is None else flat
-                flat.add(rows)
-            if flat is not None:
-                partial.append(out / f"{name}.partial")
-                # Not by its name: faiss does not hear of a disk that is full when it closes the file.
-                with partial[-1].open("wb") as file:
-                    faiss.write_index(flat, faiss.PyCallbackIOWriter(file.write))
-        if out.resolve() != embeddings.resolve():
-            shutil.copytree(embeddings / "metadata", out / "metadata", dirs_exist_ok=True)
-            if (embeddings / "meta.json").exists():
-                shutil.copy(embeddings / "meta.json", out / "meta.json")
-        for path in partial:
-            os.replace(path, path.with_suffix(""))
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+        for move in moves:
+            os.rename(*move)
+            done.append(move)
+    except BaseException:
+        for before, after in reversed(done):
+            os.rename(after, before)
+        previous.rmdir()
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def check_rows(embeddings: Path) -> None:
@@ -81,6 +122,8 @@ def check_rows(embeddings: Path) -> None:
                 raise ValueError(
                     f"{other} is missing beside {path.name}: write the folder again with `softmoe-clip embed`"
                 )
+            if kind == "metadata":
+                check_columns(other, pq.read_schema(other).names)
             rows = pq.read_metadata(other).num_rows if kind == "metadata" else len(load_part(other))
             if rows != shape[0]:
                 raise ValueError(
@@ -89,6 +132,15 @@ def check_rows(embeddings: Path) -> None:
                 )
     if len(widths) > 1:
         raise ValueError(f"the parts in {embeddings}/img_emb differ in width: {sorted(widths)}")
+
+
+def check_columns(metadata: Path, columns: Sequence[str]) -> None:
+    """Refuse metadata that do not say which picture a row is."""
+    if not {"key", "image_path"} & set(columns):
+        raise ValueError(
+            f"{metadata} has neither a column `key` nor `image_path`, by which a hit is named: "
+            f"add one, or write the folder again with `softmoe-clip embed`"
+        )
 
 
 def part_files(embeddings: Path, kind: str) -> list[Path]:

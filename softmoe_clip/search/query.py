@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from softmoe_clip.data_pipelines.tar_index import ShardSet
-from softmoe_clip.search.index import read_meta
+from softmoe_clip.search.index import check_columns, read_meta
 
 
 class Hit(NamedTuple):
@@ -50,11 +50,13 @@ def open_index(folder: str | Path) -> OpenIndex:
     if not parts:
         raise ValueError(f"{folder} holds no metadata/metadata_*.parquet: make it again with `softmoe-clip embed`")
     rows = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="default")
-    if rows.num_rows != found["image"].ntotal:
-        raise ValueError(
-            f"{folder}/image.index has {found['image'].ntotal} rows and its metadata {rows.num_rows}: "
-            f"make the index again with `softmoe-clip index {folder}`"
-        )
+    check_columns(folder / "metadata", rows.column_names)
+    for name, flat in found.items():
+        if flat is not None and flat.ntotal != rows.num_rows:
+            raise ValueError(
+                f"{folder}/{name}.index has {flat.ntotal} rows and its metadata {rows.num_rows}: "
+                f"make the index again with `softmoe-clip index {folder}`"
+            )
     return OpenIndex(found["image"], found["text"], rows, read_meta(folder))
 
 
@@ -97,13 +99,18 @@ def nearest(opened: OpenIndex, vector: np.ndarray, k: int = 10, among: str = "im
     return [
         Hit(
             float(score),
-            row.get("key") or row["image_path"],
-            row.get("caption") or "",
+            first_text(row, "key", "image_path"),
+            first_text(row, "caption"),
             int(place),
-            row.get("shard") or "",
+            first_text(row, "shard"),
         )
         for score, place, row in zip(scores[0], rows[0], table, strict=True)
     ]
+
+
+def first_text(row: dict, *columns: str) -> str:
+    """Return the first of these columns that has a value, as text: other tools write numbers for keys."""
+    return next((str(row[name]) for name in columns if row.get(name) not in (None, "")), "")
 
 
 def encoder_for(opened: OpenIndex, loaded=None, device: str = "cpu", model: str | None = None):
