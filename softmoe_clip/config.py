@@ -15,6 +15,8 @@ from softmoe_clip.optim_config import (  # noqa: F401  the parts of a run's conf
     check_expressions,
 )
 
+LARGEST_LOG = 80  # whose exponential float32 still holds
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -33,6 +35,14 @@ class ModelConfig:
     # the parameter, i.e. the log; None: what the model of `init` has, without one what the loss starts from
     init_logit_scale: float | None = None
     init_logit_bias: float | None = None
+
+    def __post_init__(self):
+        for name in ("init_logit_scale", "init_logit_bias"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) < LARGEST_LOG:
+                raise ValueError(f"model.{name} must be between -{LARGEST_LOG} and {LARGEST_LOG}, got {value}")
+        if self.context_length is not None and self.context_length < 2:
+            raise ValueError(f"model.context_length must be 2 or more, got {self.context_length}")
 
 
 # What is trained beside adapters: logit scale and bias, and the projections, by whatever name a tower gives its own.
@@ -57,7 +67,7 @@ class LoraConfig:
     def __post_init__(self):
         if not self.targets:
             raise ValueError("lora.targets is empty: name what gets adapters, or leave lora out")
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.rank < 1 or not 0 < self.alpha < float("inf") or not 0 <= self.dropout < 1:
             raise ValueError(
                 "lora.rank counts from 1, alpha is above 0, dropout is 0 or more and below 1, "
                 f"got {self.rank}, {self.alpha} and {self.dropout}"
@@ -135,6 +145,8 @@ class TrainConfig:
             raise ValueError(f"the budget holds no step: samples={self.samples} with batch_size={self.batch_size}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be 0 to 2**63 - 1, got {self.seed}")
+        if self.loss == "clip" and self.model.init_logit_bias is not None:
+            raise ValueError("model.init_logit_bias is for loss=siglip: a softmax gives the same with any bias")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last and log_every count from 1, got {self.keep_last} and {self.log_every}")
         for name in ("keep_every", "checkpoint_every"):

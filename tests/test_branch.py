@@ -80,6 +80,8 @@ def test_a_trunk_from_before_there_was_a_setting_had_its_default(tiny_config, tm
     [
         ("steps=4", "has 4 steps behind it, which count: give more than 4 steps"),
         ("optim.name=sgd", r"has optim\.name='adamw', not 'sgd'"),
+        ("optim.options={amsgrad: true}", r"has optim\.options\S*=None, not True"),
+        ("loss=clip", "has loss='siglip', not 'clip'"),
         ("model.image_moe.num_experts=2", r"has model\.image_moe\.num_experts=4, not 2"),
         ("lora.targets=['visual[.].*[.]attn']", r"has lora\.rank=None, not 8"),
         ("init=nowhere/checkpoints/step_00000001", "is no checkpoint in a run folder: there is no nowhere/config.yaml"),

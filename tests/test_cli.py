@@ -44,6 +44,13 @@ MISTAKES = {
     "an unknown verb": (["trainn"], "trainn"),
     "an unknown option": (["train", "{yaml}", "--plann"], "--plan"),
     "a missing argument": (["pack"], "'source'"),
+    "a scale beyond numbers": (["train", "{yaml}", "model.init_logit_scale=1000"], "must be between -80 and 80"),
+    "a bias that is no number": (["train", "{yaml}", "model.init_logit_bias=.nan"], "must be between -80 and 80"),
+    "a bias that the loss has no use for": (
+        ["train", "{yaml}", "loss=clip", "model.init_logit_bias=1"],
+        "for loss=siglip",
+    ),
+    "captions of no ids": (["train", "{yaml}", "model.context_length=0"], "context_length must be 2 or more"),
     "a seed beyond what is drawn from": (["train", "{yaml}", f"seed={2**64}"], "seed must be 0 to 2**63 - 1, got 1844"),
     "a missing config": (["train", "nowhere.yaml"], "nowhere.yaml"),
     "an empty config name": (["train", ""], "config"),

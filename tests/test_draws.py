@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softmoe_clip.training import draws
-from softmoe_clip.training.draws import bits, drawing, keep_mask, module_key, normal, uniform
+from softmoe_clip.training.draws import bits, drawing, keep_mask, module_key, normal, row_keys, uniform
 
 CPU = torch.device("cpu")
 WORD = 2**64
@@ -92,3 +92,8 @@ def test_rows_that_do_not_fit_the_positions_are_refused():
             uniform(0, torch.Size((6, 3)))
     with pytest.raises(AssertionError, match="sets the positions"):
         uniform(0, torch.Size((4,)))
+
+
+def test_the_largest_seed_is_a_seed_as_any_other():
+    keys = [row_keys(seed, [0, 1]) for seed in (0, 2**63 - 2, 2**63 - 1)]
+    assert len({key for pair in keys for key in pair.tolist()}) == 6

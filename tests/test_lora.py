@@ -213,6 +213,7 @@ def test_mistakes_are_one_sentence_and_change_nothing(settings, freeze, message)
     [
         (["lora.rank=0"], "rank counts from 1"),
         (["lora.alpha=0"], "alpha is above 0"),
+        (["lora.alpha=.inf"], "alpha is above 0"),
         (["lora.dropout=1"], "below 1"),
         (["lora.targets=[]"], "lora.targets is empty"),
         (['lora.targets=["("]'], r"lora.targets: '\(' is no regular expression"),

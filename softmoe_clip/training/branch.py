@@ -13,7 +13,7 @@ from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.run_folder import as_tree, settings_of
 
 # Of trunk and branch: what weights and the optimizer's state are made for.
-MUST_AGREE = ("model.", "tokenizer", "optim.name", "lora.targets", "lora.rank")
+MUST_AGREE = ("model.", "tokenizer", "loss", "optim.name", "optim.options", "lora.targets", "lora.rank")
 
 
 def branch_point(config: TrainConfig) -> Path | None:

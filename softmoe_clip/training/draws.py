@@ -35,7 +35,8 @@ def drawing(seed: int, positions: Sequence[int], device: torch.device) -> Iterat
 
 def row_keys(seed: int, positions: Sequence[int]) -> Int64[Tensor, " b"]:
     """Hash (seed, position) for each row."""
-    return mixed(torch.tensor(positions) * GOLDEN + mixed(torch.tensor([seed + 1])))
+    after_seed = (seed + 1 + 2**63) % 2**64 - 2**63  # as integers of 64 bits count on
+    return mixed(torch.tensor(positions) * GOLDEN + mixed(torch.tensor([after_seed])))
 
 
 def module_key(name: str) -> int:
