@@ -1,6 +1,7 @@
 """A run folder goes on only as the run it was begun as; what differs is named."""
 
 import json
+import os
 
 import pytest
 from omegaconf import OmegaConf
@@ -182,3 +183,18 @@ def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):
 
 def test_nothing_there_is_not_finished(tmp_path, tiny_config):
     assert not is_finished(tmp_path / "run", tiny_config())
+
+
+def test_what_cannot_be_brought_to_the_disk_replaces_nothing(run, tiny_config, monkeypatch):
+    def no_disk(descriptor):
+        raise OSError("no disk")
+
+    names = "config.yaml", "versions.json"
+    before = [(run / name).stat().st_ino for name in names]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_disk)
+        with pytest.raises(OSError, match="no disk"):
+            begin(run, tiny_config(), Data(), {})
+    assert [(run / name).stat().st_ino for name in names] == before
+    begin(run, tiny_config(), Data(), {})
+    assert {path.name for path in run.iterdir()} == {*names, "checkpoints"}

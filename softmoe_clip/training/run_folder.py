@@ -14,7 +14,7 @@ from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, 
 from softmoe_clip.data_pipelines.config import DataConfig
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
-from softmoe_clip.training.run_log import environment
+from softmoe_clip.training.run_log import environment, write_whole
 
 
 class Stopped(Exception):
@@ -36,9 +36,9 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
 
     `preprocess` is how pictures are prepared for its model: that of `init`, which may be gone when the run goes on.
     """
-    saved, temporary = run / "config.yaml", run / "config.yaml.tmp"
+    saved = run / "config.yaml"
     # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
-    before_config = {"versions.json", "versions.json.tmp", temporary.name}
+    before_config = {"versions.json", "versions.json.tmp", "config.yaml.tmp"}
     goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
     if goes_on:
         refuse_another_run(run, config, shards.fingerprint(), len(shards.counts))
@@ -56,22 +56,14 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
         data = {"data": shards.fingerprint(), "pairs": len(shards), "preprocess_cfg": preprocess}
         facts = now | begun | data | {"inputs": inputs}
     run.mkdir(parents=True, exist_ok=True)
-    write_facts(run, facts)
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
-    temporary.rename(saved)
+    write_whole(run / "versions.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(saved, OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
 
 
 def seen_by_run(run: Path) -> dict:
     """Return how pictures are prepared for the model of a run; runs from before that was written down had the usual."""
     file = run / "versions.json"
     return json.loads(file.read_text()).get("preprocess_cfg", {}) if file.exists() else {}
-
-
-def write_facts(run: Path, facts: dict) -> None:
-    """Write versions.json, whole or not at all."""
-    temporary = run / "versions.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n")
-    temporary.rename(run / "versions.json")
 
 
 def note_changes(run: Path, facts: dict, now: dict) -> None:
