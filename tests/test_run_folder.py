@@ -6,7 +6,7 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step
+from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step, seen_by_run
 
 
 class Data:
@@ -113,6 +113,31 @@ def test_all_differences_are_named(run, tiny_config):
 def test_other_data_under_the_same_name_is_refused(run, tiny_config):
     with pytest.raises(ValueError, match=r"begun with other data than .*train holds now"):
         begin(run, tiny_config(), Data("xyz"), {})
+
+
+@pytest.mark.parametrize("steps", [6, 8])  # finished, or to go on
+@pytest.mark.parametrize(
+    ("name", "data", "state"),
+    [
+        ("versions.json", None, "missing"),
+        *[("versions.json", data, "damaged") for data in (b"", b"{}", b"[]", b"\xff")],
+        *[("config.yaml", data, "damaged") for data in (b"", b"a: [1", b"- a", b"\xff", b"out: run\nmodel: null\n")],
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(run, tiny_config, name, data, state, steps):
+    (run / "checkpoints/step_00000006").mkdir()
+    (run / "model").mkdir()
+    (run / name).unlink() if data is None else (run / name).write_bytes(data)
+    config = tiny_config(f"steps={steps}")
+    with pytest.raises(ValueError, match=f"/{name} is {state}: copy the run again, or give another folder$"):
+        is_finished(run, config) or begin(run, config, Data(), {})
+
+
+@pytest.mark.parametrize("data", ["", "[]"])
+def test_how_pictures_are_prepared_is_not_read_from_a_damaged_file(run, data):
+    (run / "versions.json").write_text(data)
+    with pytest.raises(ValueError, match=r"versions\.json is damaged"):
+        seen_by_run(run)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_be_true_to(tmp_path, tiny_config):

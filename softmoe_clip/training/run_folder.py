@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, flatten
 from softmoe_clip.data_pipelines.config import DataConfig
+from softmoe_clip.data_pipelines.strict import read_yaml
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
 from softmoe_clip.training.run_log import environment, write_whole
@@ -48,7 +49,7 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
         raise ValueError(f"{run} holds files but no run (no config.yaml): give another folder as out")
     now, inputs = environment(), fingerprints(config)
     if goes_on:
-        facts = json.loads((run / "versions.json").read_text())
+        facts = read_facts(run)
         refuse_other_inputs(run, facts.get("inputs", {}), inputs)
         note_changes(run, facts, now)
     else:
@@ -62,8 +63,25 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
 
 def seen_by_run(run: Path) -> dict:
     """Return how pictures are prepared for the model of a run; runs from before that was written down had the usual."""
+    return read_facts(run).get("preprocess_cfg", {}) if (run / "versions.json").exists() else {}
+
+
+def read_facts(run: Path) -> dict:
+    """Return what versions.json tells; one that is missing or damaged is refused."""
     file = run / "versions.json"
-    return json.loads(file.read_text()).get("preprocess_cfg", {}) if file.exists() else {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise unusable(file) from None
+    if not isinstance(facts, dict) or "data" not in facts:
+        raise unusable(file)
+    return facts
+
+
+def unusable(file: Path) -> ValueError:
+    """Say that a file which every run has is not there, or is not what a run writes."""
+    state = "damaged" if file.exists() else "missing"
+    return ValueError(f"{file} is {state}: copy the run again, or give another folder")
 
 
 def note_changes(run: Path, facts: dict, now: dict) -> None:
@@ -101,7 +119,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     ]
     if differences:
         raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
-    if json.loads((run / "versions.json").read_text())["data"] != fingerprint:
+    if read_facts(run)["data"] != fingerprint:
         raise ValueError(
             f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
@@ -109,7 +127,14 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
 
 def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Return a run's settings by dotted name; one that it did not know yet as `unknown` says, else its default."""
-    saved = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    file = run / "config.yaml"
+    try:
+        tree = read_yaml(file)
+    except ValueError:
+        raise unusable(file) from None
+    if not {"out", "model", "data"} <= tree.keys():  # they have no default, so that every run wrote them
+        raise unusable(file)
+    saved = flatten(tree)
     defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
     rules = "optim.weight_decay."  # a run with rules of its own has none of the others
     if any(key.startswith(rules) for key in saved):
@@ -124,7 +149,7 @@ def is_finished(run: Path, config: TrainConfig) -> bool:
     """
     if newest_step(run) < config.last_step or not all((run / name).exists() for name in model_folders(config)):
         return False
-    refuse_another_run(run, config, json.loads((run / "versions.json").read_text())["data"])
+    refuse_another_run(run, config, read_facts(run)["data"])
     return True
 
 
