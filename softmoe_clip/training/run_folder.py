@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from softmoe_clip.data_pipelines.strict import read_yaml
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
 from softmoe_clip.training.run_log import environment, write_whole
+
+CHECKPOINT_NAME = re.compile("step_([0-9]+)")
 
 
 class Stopped(Exception):
@@ -160,5 +163,10 @@ def model_folders(config: TrainConfig) -> list[str]:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint by name, 0 where there is none."""
-    names = (path.name for path in (run / "checkpoints").glob("step_*"))
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
+    return max(checkpoints_in(run / "checkpoints").values(), default=0)
+
+
+def checkpoints_in(folder: Path) -> dict[Path, int]:
+    """Return the checkpoints in a folder with their steps, by name; what has any other name is somebody else's."""
+    names = ((path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("step_*"))
+    return {path: int(name[1]) for path, name in names if name}
