@@ -37,6 +37,7 @@ def read_yaml(path: str | Path) -> dict:
     """Read a YAML file that holds a mapping; an empty file is an empty mapping."""
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
     try:
         tree = OmegaConf.create(Path(path).read_text(encoding="utf-8").strip() or "{}")
@@ -47,6 +48,11 @@ def read_yaml(path: str | Path) -> dict:
         where = f" line {line.line + 1}" if line else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(f"{path}{where} is not valid YAML: {reason}") from None
+    except KeyValidationError as error:  # of what YAML reads as a key, omegaconf refuses null alone
+        inside = f" in {error.full_key}" if error.full_key else ""
+        raise ValueError(f"{path} has the key null{inside}: write it in quotes, as text, or remove it") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or 'a value'} in {path}: {first_line(error)}") from None
     tree = OmegaConf.to_container(tree, resolve=False)
     # omegaconf reads a file that holds one bare word as {word: None}.
     if not isinstance(tree, dict) or (len(tree) == 1 and ":" not in Path(path).read_text(encoding="utf-8")):

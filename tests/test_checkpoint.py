@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from softmoe_clip.config import OptimConfig
-from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint, step_of
 from softmoe_clip.training.optim import adamw
+from softmoe_clip.training.run_folder import newest_step
 
 CONFIG = OptimConfig(lr=0.01)
 
@@ -87,6 +88,21 @@ def test_without_checkpoints_a_run_begins_at_step_0(tmp_path):
     before = weights(model)
     assert load_newest(tmp_path / "none", model, optimizer, refuse_warnings) == Progress(0, 0)
     assert_equal(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["step_00000004.bak", "step_00000004 (copy)", "step_", "step_-0000001"])
+def test_a_folder_with_another_name_is_left_alone(tmp_path, name, folder_bytes):
+    saved(tmp_path / "checkpoints", 4)
+    foreign = shutil.copytree(tmp_path / "checkpoints/step_00000004", tmp_path / "checkpoints" / name)
+    before = folder_bytes(foreign)
+    saved(tmp_path / "checkpoints", 2, 3, keep_last=1)
+    assert newest_step(tmp_path) == 3
+    assert load_newest(tmp_path / "checkpoints", *a_model(), refuse_warnings).step == 3
+    assert folder_bytes(foreign) == before
+    shutil.rmtree(tmp_path / "checkpoints/step_00000003")
+    assert newest_step(tmp_path) == load_newest(tmp_path / "checkpoints", *a_model(), refuse_warnings).step == 0
+    with pytest.raises(ValueError, match=r"is no checkpoint .*: move it to another folder"):
+        step_of(name)
 
 
 def cut_in_half(file):

@@ -1,11 +1,12 @@
 """A run folder goes on only as the run it was begun as; what differs is named."""
 
 import json
+import os
 
 import pytest
 from omegaconf import OmegaConf
 
-from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step
+from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step, seen_by_run
 
 
 class Data:
@@ -114,6 +115,31 @@ def test_other_data_under_the_same_name_is_refused(run, tiny_config):
         begin(run, tiny_config(), Data("xyz"), {})
 
 
+@pytest.mark.parametrize("steps", [6, 8])  # finished, or to go on
+@pytest.mark.parametrize(
+    ("name", "data", "state"),
+    [
+        ("versions.json", None, "missing"),
+        *[("versions.json", data, "damaged") for data in (b"", b"{}", b"[]", b"\xff")],
+        *[("config.yaml", data, "damaged") for data in (b"", b"a: [1", b"- a", b"\xff", b"out: run\nmodel: null\n")],
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(run, tiny_config, name, data, state, steps):
+    (run / "checkpoints/step_00000006").mkdir()
+    (run / "model").mkdir()
+    (run / name).unlink() if data is None else (run / name).write_bytes(data)
+    config = tiny_config(f"steps={steps}")
+    with pytest.raises(ValueError, match=f"/{name} is {state}: copy the run again, or give another folder$"):
+        is_finished(run, config) or begin(run, config, Data(), {})
+
+
+@pytest.mark.parametrize("data", ["", "[]"])
+def test_how_pictures_are_prepared_is_not_read_from_a_damaged_file(run, data):
+    (run / "versions.json").write_text(data)
+    with pytest.raises(ValueError, match=r"versions\.json is damaged"):
+        seen_by_run(run)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_be_true_to(tmp_path, tiny_config):
     run = tmp_path / "run"
     begin(run, tiny_config(), Data(), {})
@@ -182,3 +208,18 @@ def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):
 
 def test_nothing_there_is_not_finished(tmp_path, tiny_config):
     assert not is_finished(tmp_path / "run", tiny_config())
+
+
+def test_what_cannot_be_brought_to_the_disk_replaces_nothing(run, tiny_config, monkeypatch):
+    def no_disk(descriptor):
+        raise OSError("no disk")
+
+    names = "config.yaml", "versions.json"
+    before = [(run / name).stat().st_ino for name in names]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_disk)
+        with pytest.raises(OSError, match="no disk"):
+            begin(run, tiny_config(), Data(), {})
+    assert [(run / name).stat().st_ino for name in names] == before
+    begin(run, tiny_config(), Data(), {})
+    assert {path.name for path in run.iterdir()} == {*names, "checkpoints"}

@@ -1,6 +1,9 @@
 """metrics.jsonl holds each step once, however often a run was stopped."""
 
 import json
+import os
+
+import pytest
 
 from softmoe_clip.training.run_log import RunLog, cut_back, environment
 
@@ -40,6 +43,30 @@ def test_several_lines_of_one_step_stay(tmp_path):
     cut_back(file, 2)
     assert file.read_text() == '{"step": 2, "loss": 1}\n{"step": 2, "val/loss": 3}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("damaged", [b"[]", b"7", b'{"step": 2, "lo', b'{"step": 2, "l\xff": 1}', b"\xff", b""])
+def test_a_damaged_line_is_left_out(tmp_path, damaged):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n')
+    assert cut_back(file, 2) == [{"step": 1}, {"step": 2}]
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_file_that_cannot_be_brought_to_the_disk_takes_no_place(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_disk)
+        with pytest.raises(OSError, match="no disk"):
+            cut_back(file, 1)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert cut_back(file, 1) == [{"step": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def no_disk(descriptor):
+    raise OSError("no disk")
 
 
 def test_nothing_is_made_where_there_is_nothing_to_cut(tmp_path):

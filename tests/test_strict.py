@@ -185,6 +185,9 @@ def test_a_required_key_is_asked_for():
         (b"- a\n- b\n", "must hold `key: value` lines at its top level"),
         (b"hello\n", "must hold `key: value` lines at its top level"),
         (b"\xff\xfe\x00", "not UTF-8"),
+        (b"null: 2\n", "has the key null: write it in quotes, as text, or remove it"),
+        (b"optim: {~: 2}\n", "has the key null in optim: write it in quotes"),
+        (b"out: ${\n", "out in "),
         (b"", "out is missing in "),
     ],
 )

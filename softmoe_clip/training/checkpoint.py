@@ -23,6 +23,7 @@ from softmoe_clip.training.ema import Ema
 from softmoe_clip.training.expert_parallel import Mesh, gather_experts, load_shares
 from softmoe_clip.training.lora import merged_weights
 from softmoe_clip.training.optimizer_state import fill_optimizer, optimizer_tensors
+from softmoe_clip.training.run_folder import CHECKPOINT_NAME, checkpoints_in
 from softmoe_clip.training.sharded_checkpoint import is_in_parts, read_parts, read_shares, write_parts
 from softmoe_clip.training.sharding import gather_shares, is_sharded
 
@@ -144,8 +145,10 @@ def folder_name(step: int) -> str:
 
 
 def step_of(name: str) -> int:
-    """Return the step that a checkpoint's folder name tells."""
-    return int(name.removeprefix("step_"))
+    """Return the step that a checkpoint's folder name tells; refuse any other name."""
+    if not (found := CHECKPOINT_NAME.fullmatch(name)):
+        raise ValueError(f"checkpoints/{name} is no checkpoint (step_ and digits): move it to another folder")
+    return int(found[1])
 
 
 def kept(steps: Iterable[int], keep_last: int, keep_every: int) -> set[int]:
@@ -156,7 +159,7 @@ def kept(steps: Iterable[int], keep_last: int, keep_every: int) -> set[int]:
 
 def prune(folder: Path, newest: int, keep_last: int, keep_every: int = 0) -> None:
     """Remove old checkpoints; what comes after the newest is damaged, or half-written by a killed process."""
-    steps = {path: step_of(path.name) for path in folder.glob("step_*")}
+    steps = checkpoints_in(folder)
     stay = kept((step for step in steps.values() if step <= newest), keep_last, keep_every)
     for path, step in steps.items():
         if step not in stay:
@@ -172,7 +175,7 @@ def load_newest(
 
     Raises ValueError when all are damaged, or belong to another model.
     """
-    paths = sorted(folder.glob("step_*"), reverse=True)
+    paths = sorted(checkpoints_in(folder), reverse=True)
     for path in paths:
         try:
             state, progress = read_checkpoint(path, model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,9 +13,12 @@ from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, flatten
 from softmoe_clip.data_pipelines.config import DataConfig
+from softmoe_clip.data_pipelines.strict import read_yaml
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
-from softmoe_clip.training.run_log import environment
+from softmoe_clip.training.run_log import environment, write_whole
+
+CHECKPOINT_NAME = re.compile("step_([0-9]+)")
 
 
 class Stopped(Exception):
@@ -36,9 +40,9 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
 
     `preprocess` is how pictures are prepared for its model: that of `init`, which may be gone when the run goes on.
     """
-    saved, temporary = run / "config.yaml", run / "config.yaml.tmp"
+    saved = run / "config.yaml"
     # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
-    before_config = {"versions.json", "versions.json.tmp", temporary.name}
+    before_config = {"versions.json", "versions.json.tmp", "config.yaml.tmp"}
     goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
     if goes_on:
         refuse_another_run(run, config, shards.fingerprint(), len(shards.counts))
@@ -48,7 +52,7 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
         raise ValueError(f"{run} holds files but no run (no config.yaml): give another folder as out")
     now, inputs = environment(), fingerprints(config)
     if goes_on:
-        facts = json.loads((run / "versions.json").read_text())
+        facts = read_facts(run)
         refuse_other_inputs(run, facts.get("inputs", {}), inputs)
         note_changes(run, facts, now)
     else:
@@ -56,22 +60,31 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
         data = {"data": shards.fingerprint(), "pairs": len(shards), "preprocess_cfg": preprocess}
         facts = now | begun | data | {"inputs": inputs}
     run.mkdir(parents=True, exist_ok=True)
-    write_facts(run, facts)
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
-    temporary.rename(saved)
+    write_whole(run / "versions.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(saved, OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
 
 
 def seen_by_run(run: Path) -> dict:
     """Return how pictures are prepared for the model of a run; runs from before that was written down had the usual."""
+    return read_facts(run).get("preprocess_cfg", {}) if (run / "versions.json").exists() else {}
+
+
+def read_facts(run: Path) -> dict:
+    """Return what versions.json tells; one that is missing or damaged is refused."""
     file = run / "versions.json"
-    return json.loads(file.read_text()).get("preprocess_cfg", {}) if file.exists() else {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise unusable(file) from None
+    if not isinstance(facts, dict) or "data" not in facts:
+        raise unusable(file)
+    return facts
 
 
-def write_facts(run: Path, facts: dict) -> None:
-    """Write versions.json, whole or not at all."""
-    temporary = run / "versions.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n")
-    temporary.rename(run / "versions.json")
+def unusable(file: Path) -> ValueError:
+    """Say that a file which every run has is not there, or is not what a run writes."""
+    state = "damaged" if file.exists() else "missing"
+    return ValueError(f"{file} is {state}: copy the run again, or give another folder")
 
 
 def note_changes(run: Path, facts: dict, now: dict) -> None:
@@ -109,7 +122,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     ]
     if differences:
         raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
-    if json.loads((run / "versions.json").read_text())["data"] != fingerprint:
+    if read_facts(run)["data"] != fingerprint:
         raise ValueError(
             f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
@@ -117,7 +130,14 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
 
 def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Return a run's settings by dotted name; one that it did not know yet as `unknown` says, else its default."""
-    saved = flatten(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    file = run / "config.yaml"
+    try:
+        tree = read_yaml(file)
+    except ValueError:
+        raise unusable(file) from None
+    if not {"out", "model", "data"} <= tree.keys():  # they have no default, so that every run wrote them
+        raise unusable(file)
+    saved = flatten(tree)
     defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
     rules = "optim.weight_decay."  # a run with rules of its own has none of the others
     if any(key.startswith(rules) for key in saved):
@@ -132,7 +152,7 @@ def is_finished(run: Path, config: TrainConfig) -> bool:
     """
     if newest_step(run) < config.last_step or not all((run / name).exists() for name in model_folders(config)):
         return False
-    refuse_another_run(run, config, json.loads((run / "versions.json").read_text())["data"])
+    refuse_another_run(run, config, read_facts(run)["data"])
     return True
 
 
@@ -143,5 +163,10 @@ def model_folders(config: TrainConfig) -> list[str]:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint by name, 0 where there is none."""
-    names = (path.name for path in (run / "checkpoints").glob("step_*"))
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
+    return max(checkpoints_in(run / "checkpoints").values(), default=0)
+
+
+def checkpoints_in(folder: Path) -> dict[Path, int]:
+    """Return the checkpoints in a folder with their steps, by name; what has any other name is somebody else's."""
+    names = ((path, CHECKPOINT_NAME.fullmatch(path.name)) for path in folder.glob("step_*"))
+    return {path: int(name[1]) for path, name in names if name}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_clip.data_pipelines.ledger import append_lines
+from softmoe_clip.data_pipelines.new_folder import sync
 from softmoe_clip.training.trackers import start_trackers
 
 REPORTED_PACKAGES = ("softmoe-clip", "torch", "torchvision", "open-clip-torch", "timm", "accelerate", "numpy", "pillow")
@@ -63,22 +64,30 @@ class RunLog:
 
 
 def cut_back(file: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop lines of steps after `last_step`, and a line that a kill left unfinished; return the others."""
+    """Drop lines of steps after `last_step`, and those that a kill or a bad copy damaged; return the others."""
     if not file.exists():
         return []
     kept, entries = [], []
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().splitlines():
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            text = line.decode()
+            entry = json.loads(text)
+        except ValueError:
             continue
-        if entry.get("step", 0) <= last_step:
-            kept.append(line + "\n")
+        if isinstance(entry, dict) and entry.get("step", 0) <= last_step:
+            kept.append(text + "\n")
             entries.append(entry)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, file)
+    write_whole(file, "".join(kept))
     return entries
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all, also when the machine fails: it is on the disk before it takes its name."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(file)
+    sync(file.parent)
 
 
 def environment() -> dict[str, object]:
