@@ -215,7 +215,7 @@ def read_checkpoint(path: Path, model: nn.Module) -> tuple[State, Progress]:
 
 
 def fill(model: nn.Module, optimizer, state: State, path: Path, scaler: GradScaler | None = None) -> None:
-    """Put a checkpoint's state into model, optimizer and scaler; refuse that of another model.
+    """Put a checkpoint's state into model, optimizer and scaler; refuse what is not of this model.
 
     A checkpoint of another precision, or from before loss scales were kept, lets the scale begin anew.
     """
@@ -227,6 +227,8 @@ def fill(model: nn.Module, optimizer, state: State, path: Path, scaler: GradScal
     except RuntimeError as error:
         different = differences(shapes_of(model.state_dict()), shapes_of(state.weights))
         raise another_model(path, different or error) from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be gone on from, as {error}: use an older checkpoint") from None
 
 
 def another_model(path: Path, error: Exception | str) -> ValueError:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from softmoe_clip.training.sharding import share_of
 
 GROUP = "group "  # no parameter has a space in its name
+ALL_GROUPS = f"{GROUP}all"  # older checkpoints have a copy for each: group 0, group 1, ...
 SETTINGS = {"params", "lr", "lr_scale", "weight_decay"}  # of a group: the run's config has them, no step changes them
 # Numbers that are no tensors: what a tensor of them is called in the file, how it is made, how it is read.
 NUMBERS = {bool: ("bool", torch.bool), int: ("int", torch.int64), float: ("float", torch.float64)}
@@ -28,19 +29,35 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the state as tensors named `<parameter>|<entry>`, independent of group order; numbers end in `|int`.
 
-    What steps have written into a group, as LAMB its step, is called `group 0|<entry>`. Raises ValueError for anything
-    that is neither a tensor nor a number.
+    What steps have written into the groups, as LAMB its step, is called `group all|<entry>`: one copy, as all groups
+    step together. Raises ValueError where they differ, and for anything that is neither a tensor nor a number.
     """
     inner = innermost(optimizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for entry, value in inner.state.get(parameter, {}).items():
             tensors |= as_tensor(f"{name}|{entry}", value)
-    for number, group in enumerate(inner.param_groups):
-        for entry in group.keys() - SETTINGS:
-            if entry not in inner.defaults or differs(group[entry], inner.defaults[entry]):
-                tensors |= as_tensor(f"{GROUP}{number}|{entry}", group[entry])
+    in_groups = same_in_all([group_tensors(group, inner.defaults) for group in inner.param_groups])
+    return tensors | {f"{ALL_GROUPS}|{entry}": tensor for entry, tensor in in_groups.items()}
+
+
+def group_tensors(group: dict, defaults: dict) -> dict[str, Tensor]:
+    """Return what steps have written into a group."""
+    tensors: dict[str, Tensor] = {}
+    for entry in group.keys() - SETTINGS:
+        if entry not in defaults or differs(group[entry], defaults[entry]):
+            tensors |= as_tensor(entry, group[entry])
     return tensors
+
+
+def same_in_all(groups: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what each group holds; raises ValueError where they do not all hold the same."""
+    first, *others = groups or [{}]
+    for other in others:
+        for entry in sorted(first.keys() | other.keys()):
+            if entry not in first or entry not in other or not torch.equal(first[entry], other[entry]):
+                raise ValueError(f"the optimizer's parameter groups have not all the same {entry.partition('|')[0]}")
+    return first
 
 
 def differs(value: object, default: object) -> bool:
@@ -61,21 +78,33 @@ def as_tensor(key: str, value: object) -> dict[str, Tensor]:
 
 
 def fill_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned; raises RuntimeError where it is not of this model or its groups."""
+    """Put back what `optimizer_tensors` returned, for any grouping of the parameters.
+
+    Raises RuntimeError where it is not of this model, ValueError for an older checkpoint whose groups differ.
+    """
     inner, parameters = innermost(optimizer), dict(model.named_parameters())
     groups = {parameter: group for group in inner.param_groups for parameter in group["params"]}
     inner.state.clear()
+    in_groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        owner, entry, *kind = key.split("|")
-        value = tensor if not kind else None if kind == ["none"] else tensor.item()
+        owner, _, entry = key.partition("|")
         if owner.startswith(GROUP):
-            if (number := int(owner.removeprefix(GROUP))) >= len(inner.param_groups):
-                raise RuntimeError(f"the optimizer has no parameter {owner}")
-            inner.param_groups[number][entry] = value
+            in_groups.setdefault(owner, {})[entry] = tensor
         elif owner not in parameters:
             raise RuntimeError(f"no parameter is called {owner}")
         elif (group := groups.get(parameters[owner])) is not None:  # a branch may freeze what its trunk trained
+            entry, value = from_tensor(entry, tensor)
             inner.state[parameters[owner]][entry] = placed(entry, value, parameters[owner], group)
+    for key, tensor in same_in_all([*in_groups.values()]).items():
+        for group in inner.param_groups:
+            entry, value = from_tensor(key, tensor.clone())  # each its own, as steps count in place
+            group[entry] = value
+
+
+def from_tensor(key: str, tensor: Tensor) -> tuple[str, Tensor | int | float | None]:
+    """Return what `as_tensor` was given."""
+    entry, _, kind = key.partition("|")
+    return entry, tensor if not kind else None if kind == "none" else tensor.item()
 
 
 def placed(entry: str, value: object, parameter: nn.Parameter, group: dict) -> object:
