@@ -44,7 +44,9 @@ def write_parts(folder: Path, states: Mapping[str, State]) -> None:
             ) from None
         raise OSError(f"a process cannot write its part of {folder}: {' '.join(str(reason).split())}") from None
     dist.barrier()
-    if (found := len([*folder.glob(PARTS)])) != dist.get_world_size():
+    found = len([*folder.glob(PARTS)])
+    dist.barrier()  # all have counted: the main process may now give the folder its name
+    if found != dist.get_world_size():
         raise OSError(
             f"{folder} holds the parts of {found} of {dist.get_world_size()} processes: with sharding, out (or "
             "working_folder) must be a folder that all machines share"
