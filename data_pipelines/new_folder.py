@@ -49,9 +49,14 @@ def refuse_existing(out: str | Path) -> None:
     out = Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another folder or remove it")
-    for path in (out, *out.parents):
+    refuse_file(out)
+
+
+def refuse_file(folder: Path, advice: str = "choose a folder to write into") -> None:
+    """Refuse a folder to be where a file is, or below one."""
+    for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file: choose a folder to write into")
+            raise ValueError(f"{path} is a file: {advice}")
 
 
 def sync(path: str | Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.new_folder import refuse_file
+
 
 @dataclass(frozen=True)
 class Results:
@@ -39,9 +41,7 @@ def check_place(path: Path) -> None:
     """Refuse, before the work, a place where no result file can be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a JSON file to write the results to")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise ValueError(f"{parent} is a file: choose a folder to write {path.name} into")
+    refuse_file(path.parent)
 
 
 def load_results(path: str | Path) -> Results:

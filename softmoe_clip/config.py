@@ -15,7 +15,7 @@ from softmoe_clip.optim_config import (  # noqa: F401  the parts of a run's conf
     check_expressions,
 )
 
-LARGEST_LOG = 80  # whose exponential float32 still holds
+LARGEST_START = 80  # of logit scale and bias; float32 holds its exponential
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("init_logit_scale", "init_logit_bias"):
             value = getattr(self, name)
-            if value is not None and not abs(value) < LARGEST_LOG:
-                raise ValueError(f"model.{name} must be between -{LARGEST_LOG} and {LARGEST_LOG}, got {value}")
+            if value is not None and not abs(value) < LARGEST_START:
+                raise ValueError(f"model.{name} must be between -{LARGEST_START} and {LARGEST_START}, got {value}")
         if self.context_length is not None and self.context_length < 2:
             raise ValueError(f"model.context_length must be 2 or more, got {self.context_length}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from softmoe_clip.config import TrainConfig, find_config
+from softmoe_clip.data_pipelines.new_folder import refuse_file
 from softmoe_clip.data_pipelines.strict import load_strict
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig, load_suite
@@ -69,9 +70,7 @@ def demo(data: str | None, out: str | Path) -> Path:
 def claim(out: Path, source: str) -> None:
     """Note which data the demo in this folder is about; refuse a folder that is about other data, or about none."""
     note = out / "demo.json"
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} is a file: give another folder with --out")
+    refuse_file(out, "give another folder with --out")
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))["source"]
         if before != source:

@@ -53,6 +53,11 @@ def differences(ours: Shapes, theirs: Shapes, may_miss: Collection[str] = ()) ->
     )
 
 
+def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name the first weight that holds NaN or infinity."""
+    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+
+
 def first_different_setting(ours: dict, theirs: dict) -> str:
     """Name the first setting of two `open_clip_config.json` that matters and differs, with both values; else ""."""
     for tower in TOWERS:

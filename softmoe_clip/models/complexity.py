@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from softmoe_clip.models.written import sides
+
 
 class Complexity(NamedTuple):
     """Parameters of a module; multiply-accumulates, and memory beside the weights, of one example going forward.
@@ -87,8 +89,7 @@ def complexity(module: nn.Module, example: Tensor) -> Complexity:
 
 def image_complexity(tower: nn.Module, image_size: int | Sequence[int]) -> Complexity:
     """Count an image tower on one RGB picture of `image_size` pixels: a side, or height and width."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return complexity(tower, torch.empty(1, 3, height, width, device="meta"))
+    return complexity(tower, torch.empty(1, 3, *sides(image_size), device="meta"))
 
 
 def text_complexity(tower: nn.Module, context_length: int) -> Complexity:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from softmoe_clip.models.alike import PROBES, differences, same_tokenizer, shapes_of
+from softmoe_clip.models.alike import PROBES, differences, first_not_finite, same_tokenizer, shapes_of
 from softmoe_clip.models.create import preprocessing_of, see_pictures_as
 from softmoe_clip.models.same_function import changed_embeddings, other_experts
 from softmoe_clip.models.store import LoadedModel, load
@@ -31,9 +31,8 @@ def continue_from(model: nn.Module, source: str, tokenizer, written: dict | None
     # After the weights: another vocabulary size has been named by now.
     if not same_tokenizer(tokenizer, loaded.tokenizer):
         raise ValueError(f"init: {source} was trained with another tokenizer: use the one in its model folder")
-    damaged = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
-    if damaged:
-        raise ValueError(f"init: {damaged[0]} of {source} holds NaN or infinity: take another checkpoint of it")
+    if damaged := first_not_finite(theirs):
+        raise ValueError(f"init: {damaged} of {source} holds NaN or infinity: take another checkpoint of it")
     model.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
     check_function(model, loaded, source, tokenizer)
     see_pictures_as(model, preprocessing_of(loaded.model))

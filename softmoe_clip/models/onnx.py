@@ -18,7 +18,7 @@ from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.tokenizers import OpenClipTokenizer
 from softmoe_clip.models.store import LoadedModel, load, save_tokenizer
 from softmoe_clip.moe.assignment import BaseMoE
-from softmoe_clip.moe.sparse import SparseMoE
+from softmoe_clip.moe.sparse import SparseMoE, routed_together
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 SETTINGS_FILE = "softmoe_onnx.json"
@@ -85,11 +85,11 @@ def check_routers(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseMoE):
             raise ValueError(f"{layer.label} has the router base, whose assignment no ONNX file computes: take another")
-        if isinstance(layer, SparseMoE) and layer.group_size > 1:
-            raise ValueError(
-                f"{layer.label} is a {type(layer).__name__} that routes {layer.group_size} pictures together "
-                "(group_size): what such a model says of a picture depends on its neighbours, so it is not exported"
-            )
+    if layer := routed_together(model):
+        raise ValueError(
+            f"{layer.label} is a {type(layer).__name__} that routes {layer.group_size} pictures together "
+            "(group_size): what such a model says of a picture depends on its neighbours, so it is not exported"
+        )
 
 
 def settings_of(loaded: LoadedModel) -> dict:

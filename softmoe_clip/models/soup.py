@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmoe_clip.data_pipelines.new_folder import refuse_existing
 from softmoe_clip.eval.config import SuiteConfig
-from softmoe_clip.models.alike import differences, first_different_setting, same_tokenizer, shapes_of
+from softmoe_clip.models.alike import differences, first_different_setting, first_not_finite, same_tokenizer, shapes_of
 from softmoe_clip.models.store import LoadedModel, load, save, usable_device
 from softmoe_clip.models.upcycle import with_config
 
@@ -117,18 +117,12 @@ def loaded_alike(models: Sequence[str]) -> tuple[LoadedModel, list[State]]:
             raise ValueError(f"soup: {name} is not built as {models[0]}: {different}")
         if not same_tokenizer(loaded[0].tokenizer, one.tokenizer):
             raise ValueError(f"soup: {name} was trained with another tokenizer than {models[0]}: ids are other words")
-        check_finite(name, state)
+        if damaged := first_not_finite(state):
+            raise ValueError(f"soup: {damaged} of {name} holds NaN or infinity: leave this model out")
     # Softmax gives the same with any bias: a model that it has trained has none, and goes with that of the others.
     if biases := [state["logit_bias"] for state in states if "logit_bias" in state]:
         states = [{"logit_bias": torch.stack(biases).mean(0)} | state for state in states]
     return max(loaded, key=lambda one: "logit_bias" in one.model.state_dict()), states
-
-
-def check_finite(model: str, state: State) -> None:
-    """Refuse weights that are no numbers: they would spoil the mean."""
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"soup: {name} of {model} holds NaN or infinity: leave this model out")
 
 
 def mean(states: Sequence[State], shares: Sequence[float]) -> State:

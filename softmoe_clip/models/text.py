@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softmoe_clip.models.reference_start import NORM, QK_NORM, drop_qk_bias, init_linears_like_reference, init_probe
+from softmoe_clip.models.written import check_count
 from softmoe_clip.moe.soft import lecun_normal
 
 Pool = Literal["last", "map"]
@@ -171,8 +172,7 @@ def build_text_tower(text_cfg: dict, output_dim: int) -> TextTower:
 def check_sizes(sizes: dict) -> None:
     """Refuse sizes that no tower has, and an end token outside of the vocabulary, which would mark nothing."""
     for name in SIZES:
-        if not isinstance(sizes[name], int) or sizes[name] < 1:
-            raise ValueError(f"text_cfg.{name} must be a whole number from 1, got {sizes[name]!r}")
+        check_count(sizes[name], f"text_cfg.{name}")
     ratio = sizes.get("mlp_ratio", 4.0)
     if not isinstance(ratio, int | float) or int(sizes["width"] * ratio) < 1:
         raise ValueError(f"text_cfg.mlp_ratio must be above 0, for a hidden layer of width * mlp_ratio, got {ratio!r}")

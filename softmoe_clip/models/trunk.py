@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_clip.models.store import LoadedModel
-from softmoe_clip.moe.sparse import SparseMoE
+from softmoe_clip.moe.sparse import routed_together
 
 
 def trunk_name(model: nn.Module) -> str:
@@ -54,12 +54,11 @@ def check_features(loaded: LoadedModel, images: list, rows: Float[Tensor, "b d"]
     name = trunk_name(loaded.model)
     if any(parameter.startswith(name) for parameter in trained):
         raise ValueError(f'data.image_features need a frozen trunk: set freeze=["^{name[:-1]}"] with them')
-    for layer in loaded.model.visual.modules():
-        if isinstance(layer, SparseMoE) and layer.group_size > 1:
-            raise ValueError(
-                f"data.image_features: {layer.label} routes {layer.group_size} pictures together (group_size), so that "
-                "features depend on their neighbours: train with the tower in the loop"
-            )
+    if layer := routed_together(loaded.model.visual):
+        raise ValueError(
+            f"data.image_features: {layer.label} routes {layer.group_size} pictures together (group_size), so that "
+            "features depend on their neighbours: train with the tower in the loop"
+        )
     pixels = torch.stack([loaded.transform(image) for image in images]).to(loaded.model.logit_scale.device)
     with torch.compiler.set_stance("force_eager"):  # these few pictures are not worth it
         expected = trunk_features(loaded.model.eval(), pixels).cpu()

@@ -140,6 +140,12 @@ class SparseMoE(nn.Module):
         )
 
 
+def routed_together(tower: nn.Module) -> SparseMoE | None:
+    """Find a layer in which a picture's output depends on its neighbours: one that routes several of them at once."""
+    layers = (layer for layer in tower.modules() if isinstance(layer, SparseMoE))
+    return next((layer for layer in layers if layer.group_size > 1), None)
+
+
 def best(values: Float[Tensor, "*shape"], dim: int) -> Tensor:
     """Sort places by value, largest first; at equal values the lower place comes first, which topk does not promise."""
     return values.detach().argsort(dim=dim, descending=True, stable=True)

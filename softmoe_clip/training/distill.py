@@ -60,8 +60,7 @@ class Teacher:
 
     def pixels(self, images: Tensor) -> Float[Tensor, "b 3 y x"]:
         """Resize and normalise the student's pictures for the teacher."""
-        own, size = self.loaded.preprocess_cfg, self.loaded.preprocess_cfg["size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        own, size = self.loaded.preprocess_cfg, self.loaded.picture_size
         if images.is_floating_point():
             mean, std = (torch.tensor(self.student_cfg[name], device=images.device) for name in ("mean", "std"))
             images = (images * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
