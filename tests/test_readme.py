@@ -1,6 +1,7 @@
-"""The README is true: its tree exists, and its commands run word for word in a fresh checkout."""
+"""The README and the pages in docs/ are true: what they name exists, and their commands run in a fresh checkout."""
 
 import os
+import re
 import signal
 import subprocess
 
@@ -9,6 +10,8 @@ from checkout import ROOT, copy_checkout, outside_environment
 from readme import commands, fenced_blocks, tree_paths
 
 README = (ROOT / "README.md").read_text()
+# In the order in which their commands run: what one page makes the next may use.
+PAGES = ("README.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/numbers.md", "docs/scaling.md")
 MINUTES_PER_BLOCK = 20  # the first one makes the environment
 EXAMPLE = """
 Text, then a block:
@@ -90,29 +93,53 @@ def test_tree_paths_follow_the_indentation():
     ]
 
 
-@pytest.mark.skipif(not README, reason="the README is still empty")
+def test_every_page_is_read_and_the_readme_leads_to_it():
+    assert sorted(PAGES[1:]) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+    assert [page for page in PAGES[1:] if f"]({page})" not in README] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!https?:)([\w./-]+)\)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_readme_lists_every_verb():
+    from softmoe_clip.cli import app
+
+    names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+    assert re.findall(r"^\| `([a-z-]+) ", README, re.MULTILINE) == names
+
+
+def test_the_page_on_models_lists_every_architecture_and_router():
+    from softmoe_clip.moe_config import ROUTER_SETTINGS
+
+    page = (ROOT / "docs/models.md").read_text()
+    names = [path.stem for path in (ROOT / "configs/models").glob("*.json")]
+    assert [name for name in (*names, *ROUTER_SETTINGS) if f"`{name}`" not in page] == []
+
+
 def test_every_path_of_the_tree_exists():
     paths = tree_paths(README)
     assert paths, "the README draws no tree"
     assert [path for path in paths if not list(ROOT.glob(path))] == []
 
 
-@pytest.mark.skipif(not README, reason="the README is still empty")
 def test_the_readme_has_commands():
     assert commands(README)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not README, reason="the README is still empty")
 def test_the_commands_run_word_for_word_in_a_fresh_checkout(tmp_path):
     """In order, as at one prompt: what a block writes is there for the next. `my_pictures` holds the reader's own."""
     checkout = copy_checkout(tmp_path / "softmoe-clip")
     write_pictures(checkout / "my_pictures")
     path = f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    for block in commands(README):
-        program = ["python", "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
-        status, printed = run_block([*program, block.text], checkout, outside_environment(PATH=path))
-        assert status == 0, f"README.md, line {block.line}:\n{block.text}{printed[-4000:]}"
+    for page in PAGES:
+        for block in commands((ROOT / page).read_text()):
+            program = ["python", "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+            status, printed = run_block([*program, block.text], checkout, outside_environment(PATH=path))
+            assert status == 0, f"{page}, line {block.line}:\n{block.text}{printed[-4000:]}"
 
 
 def run_block(command, folder, environment):
