@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,7 @@ def test_help_lists_every_verb_and_nothing_is_missing_here(softmoe_clip):
     assert done.returncode == 0
     for verb in VERBS:
         assert f" {verb} " in done.stdout
+    assert "..." not in done.stdout.split("Commands:")[1], "a first sentence is cut off: make it shorter"
     assert softmoe_clip().stdout == done.stdout
 
 
@@ -47,6 +49,10 @@ def test_every_verb_explains_itself_with_one_example(softmoe_clip, verb):
     assert done.returncode == 0
     assert done.stdout.count("Example: ") == 1
     assert f"Example: softmoe-clip {verb} " in done.stdout
+    asked_for = re.findall(r"^  (?:-\S+ |\S+ <).*\n(?: {8,}.*\n)*", done.stdout.split("Arguments:")[-1], re.MULTILINE)
+    assert asked_for
+    for entry in asked_for:
+        assert re.sub(r"<.*?>|\[(required|default: .*?)\]", "", " ".join(entry.split())).split()[1:], entry
 
 
 LIGHT = """

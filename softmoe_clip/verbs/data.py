@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from softmoe_clip.verbs.arguments import Jobs, Shards
+
 
 def pack(
-    source: str,
-    out: Path,
+    source: Annotated[str, typer.Argument(help="pictures with captions, see above")],
+    out: Annotated[Path, typer.Argument(help="folder for the shards: OUT/train, OUT/val, ...")],
     split: Annotated[str | None, typer.Option(help="only this split, straight into OUT (benchmark: OUT/SPLIT)")] = None,
     shard_size: Annotated[int, typer.Option(help="pictures in a shard")] = 1000,
     shorter_side: Annotated[int | None, typer.Option(help="shrink larger pictures to this many pixels")] = None,
@@ -17,14 +19,16 @@ def pack(
     format: Annotated[str, typer.Option(help="img2dataset, or benchmark for CLIP_benchmark")] = "img2dataset",
     image_column: Annotated[str | None, typer.Option(help="the table's column of pictures")] = None,
     caption_column: Annotated[list[str] | None, typer.Option(help="a column of captions; may be repeated")] = None,
-    templates: Annotated[str | None, typer.Option(help="captions of classes: openai, simple or a .txt file")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="captions for class folders: openai, simple, or a .txt file of templates")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="folder of a table's pictures, or of a torchvision set")] = None,
-    workers: Annotated[int | None, typer.Option(help="cores to use; all without it")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes that pack; one per core if not given")] = None,
 ):
-    """Turn pictures with captions into shards; stopped in the middle, the same command continues.
+    """Turn pictures with captions into shards.
 
     SOURCE: a folder of X.jpg + X.txt, a table (CSV, TSV, JSONL, Parquet, COCO's or Karpathy's JSON), class folders,
-    shards, or torchvision:NAME.
+    shards, or torchvision:NAME. Stopped in the middle, the same command continues.
 
     Example: softmoe-clip pack my_pictures shards
     """
@@ -55,16 +59,18 @@ def pack(
 
 
 def check(
-    shards: str,
+    shards: Shards,
     against: Annotated[str | None, typer.Option(help="shards that must not share pictures with these")] = None,
     out: Annotated[Path | None, typer.Option(help="list all findings in this .json, and in a .jsonl beside it")] = None,
     fix: Annotated[Path | None, typer.Option(help="write clean shards to this folder")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 1 for warnings, too")] = False,
     processes: Annotated[int, typer.Option(help="processes that will train on the shards")] = 1,
     workers: Annotated[int, typer.Option(help="loader workers of each of them")] = 0,
-    jobs: Annotated[int | None, typer.Option(help="processes that read now; one per core if not given")] = None,
+    jobs: Jobs = None,
 ):
-    """Read every sample of a shard set once and list what is wrong; exit with 1 where there are errors.
+    """Read every sample of shards and list what is wrong.
+
+    The exit status is 1 where there are errors.
 
     Example: softmoe-clip check shards/train --against shards/val
     """
@@ -98,13 +104,15 @@ def check(
 
 
 def stats(
-    shards: str,
-    out: Path,
-    tokenizer: Annotated[str | None, typer.Option(help="count tokens with this tokenizer")] = None,
-    context_length: Annotated[int | None, typer.Option(help="tokens that the model takes")] = None,
-    jobs: Annotated[int | None, typer.Option(help="processes that read; one per core if not given")] = None,
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="folder for a page and its pictures")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="count ids with this tokenizer: a sentencepiece file, or a folder")
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(help="ids of a caption that the model takes")] = None,
+    jobs: Jobs = None,
 ):
-    """Draw what is in a shard set: caption lengths, picture sizes, frequent words; into a page and pictures.
+    """Draw what is in shards: captions, picture sizes, words.
 
     Example: softmoe-clip stats shards/train data_stats
     """
@@ -119,8 +127,12 @@ def stats(
     print(f"{counted.num_samples:,} samples in {counted.num_shards:,} shards: {page}")
 
 
-def train_tokenizer(shards: str, out: Path, vocab_size: Annotated[int, typer.Option(help="pieces")] = 2000):
-    """Make a sentencepiece tokenizer from the captions of shards.
+def train_tokenizer(
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="file to write, as in tokenizer.model")],
+    vocab_size: Annotated[int, typer.Option(help="pieces; fewer where captions hold fewer")] = 2000,
+):
+    """Make a sentencepiece tokenizer from captions.
 
     Example: softmoe-clip train-tokenizer shards/train tokenizer.model
     """

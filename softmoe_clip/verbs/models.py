@@ -5,14 +5,18 @@ from typing import Annotated
 
 import typer
 
-from softmoe_clip.verbs.search import BatchSize, Device, Precision
+from softmoe_clip.verbs.arguments import BatchSize, Device, Json, Model, Precision
 
 
 def summary(
-    model: Annotated[str, typer.Argument(help="an architecture's name or JSON, a model, a run")],
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    model: Annotated[
+        str, typer.Argument(help="an architecture's name or JSON file; a run, a model folder, or open_clip's NAME:TAG")
+    ],
+    json: Json = False,
 ):
-    """Count parameters, FLOPs and memory of both towers, without building them.
+    """Count parameters, FLOPs and memory of both towers.
+
+    Nothing is built: the largest models are counted on any machine.
 
     Example: softmoe-clip summary SoftMoE-H-14
     """
@@ -23,7 +27,7 @@ def summary(
 
 def upcycle(
     source: Annotated[str, typer.Argument(help="a dense model: folder, run, open_clip NAME:TAG, timm:NAME")],
-    out: Path,
+    out: Annotated[Path, typer.Argument(help="model folder to write")],
     num_experts: Annotated[int, typer.Option(help="in each layer")],
     layers: Annotated[str, typer.Option(help="last_half, or blocks such as 6,7,9-11")] = "last_half",
     mode: Annotated[
@@ -37,7 +41,9 @@ def upcycle(
     ] = False,
     seed: Annotated[int, typer.Option(help="of the slots, and of mode noise")] = 0,
 ):
-    """Make a Soft MoE model of a dense one: MLPs of its image tower (and its text tower) become experts.
+    """Make a Soft MoE model of a dense one.
+
+    MLPs of its image tower, and with --text of its text tower, become experts.
 
     Example: softmoe-clip upcycle ViT-B-16:openai upcycled --num-experts 32 --pictures my_pictures
     """
@@ -62,7 +68,9 @@ def soup(
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
 ):
-    """Average the weights of models that share a start: uniform, weighted (WiSE-FT), or greedy with a suite.
+    """Average the weights of models that share a start.
+
+    Uniform, weighted (WiSE-FT), or greedy with a suite.
 
     Example: softmoe-clip soup runs/a runs/b soup --weights 0.7,0.3
     """
@@ -90,12 +98,14 @@ def soup(
 
 
 def export_onnx(
-    model: Annotated[str, typer.Argument(help="a run, a model folder, or what open_clip takes")],
-    out: Path,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write")],
 ):
-    """Write both towers as ONNX files, with tokenizer and preprocessing, and check them in onnxruntime.
+    """Write both towers as ONNX files, and check them.
 
-    Example: softmoe-clip export-onnx runs/demo onnx
+    Tokenizer and preprocessing go with them; onnxruntime must give what torch gives.
+
+    Example: softmoe-clip export-onnx runs/a onnx
     """
     from softmoe_clip.models.onnx import export_onnx
 

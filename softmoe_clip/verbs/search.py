@@ -5,20 +5,18 @@ from typing import Annotated
 
 import typer
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one")]
-Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16")]
-BatchSize = Annotated[int, typer.Option(help="pictures, or texts, at a time")]
+from softmoe_clip.verbs.arguments import BatchSize, Device, Json, Model, Precision, Shards
 
 
 def eval(
-    model: str,
-    suite: Annotated[Path, typer.Option(help="YAML that lists the tasks")],
-    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+    model: Model,
+    suite: Annotated[Path, typer.Option(help="YAML that lists the tasks, as configs/suites/*.yaml")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, for compare")] = None,
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
 ):
-    """Score a model: zero-shot classification and retrieval.
+    """Score a model: zero-shot, retrieval, caption pairs.
 
     Example: softmoe-clip eval runs/a --suite configs/suites/flickr8k.yaml
     """
@@ -40,7 +38,7 @@ def eval(
         results.save(out)
 
 
-def compare(results: list[Path]):
+def compare(results: Annotated[list[Path], typer.Argument(help="JSON files that eval --out wrote")]):
     """Print several result files side by side.
 
     Example: softmoe-clip compare soft.json dense.json
@@ -51,16 +49,18 @@ def compare(results: list[Path]):
 
 
 def embed(
-    model: str,
-    shards: str,
-    out: Path,
+    model: Model,
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="folder to write")],
     features: Annotated[str, typer.Option(help="embedding: to search; trunk: to train on (LiT)")] = "embedding",
     dtype: Annotated[str, typer.Option(help="float32 or float16, on disk")] = "float32",
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
 ):
-    """Write the embeddings of pictures and captions in clip-retrieval's layout.
+    """Write embeddings of pictures and captions.
+
+    The layout is clip-retrieval's.
 
     Example: softmoe-clip embed runs/a shards/val embeddings
     """
@@ -75,7 +75,7 @@ def embed(
 
 
 def index(
-    embeddings: Path,
+    embeddings: Annotated[Path, typer.Argument(help="folder that embed, or clip-retrieval, wrote")],
     out: Annotated[Path | None, typer.Option(help="folder; beside the embeddings if not given")] = None,
 ):
     """Build the search index over embeddings.
@@ -88,12 +88,12 @@ def index(
 
 
 def search(
-    index: Path,
+    index: Annotated[Path, typer.Argument(help="folder that index was given, or its --out")],
     query: Annotated[str | None, typer.Argument(help="what to look for, in words")] = None,
     image: Annotated[Path | None, typer.Option(help="a picture to look for its like")] = None,
     k: Annotated[int, typer.Option("-k", help="how many hits")] = 10,
     model: Annotated[str | None, typer.Option(help="the model to ask with, if not the one in meta.json")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json: Json = False,
 ):
     """Ask an index for pictures, in words or by a picture.
 

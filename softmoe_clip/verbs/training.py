@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from softmoe_clip.verbs.arguments import Config, Overrides
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the run saved its state and goes on when started again
 
 
@@ -22,10 +24,12 @@ def exit_when_stopped() -> Iterator[None]:
 
 
 def demo(
-    data: Annotated[str | None, typer.Option(help="your own pictures; drawn scenes if not given")] = None,
+    data: Annotated[str | None, typer.Option(help="your own pictures, as for pack; drawn scenes if not given")] = None,
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("demo"),
 ):
-    """Do everything once: pack, train, eval, embed, index, search, report.
+    """Do everything once, from pictures to a report.
+
+    Pack, train, eval, embed, index, search. Broken off, the same command continues.
 
     Example: softmoe-clip demo --data my_pictures --out demo
     """
@@ -39,8 +43,8 @@ def demo(
 
 
 def train(
-    config: str,
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in optim.lr=0.0005")] = None,
+    config: Config,
+    overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="print parameters, memory and expected time, and stop")] = False,
 ):
     """Train a model, or go on exactly where its run stopped.
@@ -49,7 +53,7 @@ def train(
     and `torchrun` make of that a status of 1 and a traceback of their own; after a SIGTERM they leave the run 30
     seconds to save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT of them.)
 
-    Example: softmoe-clip train configs/demo.yaml out=runs/a data.train=shards/train steps=500
+    Example: softmoe-clip train configs/clip_softmoe_flickr8k.yaml out=runs/a steps=500
     """
     from softmoe_clip.config import TrainConfig, find_config
     from softmoe_clip.data_pipelines.strict import load_strict
@@ -68,8 +72,8 @@ def train(
         train(settings)
 
 
-def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()] = None):
-    """Print a config with every setting it leaves to its default.
+def config(config: Config, overrides: Overrides = None):
+    """Print a config with all settings, defaults too.
 
     Example: softmoe-clip config configs/demo.yaml optim.lr=0.0005
     """
@@ -86,14 +90,17 @@ def config(config: str, overrides: Annotated[list[str] | None, typer.Argument()]
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(help="runs: folders or URLs")],
+    runs: Annotated[list[str], typer.Argument(help="run folders, or URLs of runs")],
     out: Annotated[Path, typer.Option(help="picture to write: .png, .svg or .pdf")] = Path("plot.png"),
     metric: Annotated[
-        list[str] | None, typer.Option(help="a metric, or a pattern such as 'eval/*'; again for more; else the usual")
+        list[str] | None,
+        typer.Option(help="a metric, or a pattern such as 'eval/*'; may be repeated; the usual ones if not given"),
     ] = None,
     x: Annotated[str, typer.Option(help="step, samples_seen or minutes")] = "step",
 ):
-    """Draw several runs in one picture: losses, metrics, learning rate, gradient norm, routing.
+    """Draw several runs in one picture.
+
+    Losses, metrics, learning rate, gradient norm, routing.
 
     Example: softmoe-clip plot runs/a runs/b --x minutes
     """
