@@ -40,7 +40,8 @@ def by_hand(values, config):
 
 
 @pytest.mark.parametrize(
-    "config", [EmaConfig(0.9, warmup=False), EmaConfig(0.9), EmaConfig(0.5, every=3, warmup=False)]
+    "config",
+    [EmaConfig(0.9, warmup=False), EmaConfig(0.9), EmaConfig(0.5, every=3, warmup=False), EmaConfig(0.9, every=3)],
 )
 def test_an_average_is_that_of_a_plain_loop(config):
     torch.manual_seed(0)

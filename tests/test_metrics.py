@@ -1,7 +1,9 @@
 """Metrics against slow obvious oracles: every order of ties written out, CLIP_benchmark's definition, exact chance."""
 
 import tracemalloc
+from fractions import Fraction
 from itertools import combinations, permutations
+from math import comb
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from softmoe_clip.eval.metrics import (
     per_class_accuracy,
     retrieval_chance,
     retrieval_metrics,
+    some_drawn,
 )
 
 
@@ -107,6 +110,20 @@ def test_the_size_of_the_blocks_changes_nothing(monkeypatch):
     for chunk in (1, 60, 500):
         monkeypatch.setattr(metrics, "CHUNK", chunk)
         assert retrieval_metrics(*data) == whole
+
+
+def test_a_pair_is_no_rival_of_itself_however_long_its_vectors_are():
+    """The same product has other last bits in a matrix than alone: in long vectors far more than a tie allows."""
+    images, texts, image_of_text = random_set(4, 40, 90, width=64)
+    assert retrieval_metrics(1000 * images, 1000 * texts, image_of_text) == retrieval_metrics(
+        images, texts, image_of_text
+    )
+
+
+@pytest.mark.parametrize(("total", "right", "draws"), [(20_000, 101, 150), (5_000, 300, 120), (900, 400, 101)])
+def test_a_draw_of_many_is_that_of_exact_binomials(total, right, draws):
+    exact = 1 - Fraction(comb(total - right, draws), comb(total, draws))
+    assert some_drawn(total, right, draws) == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_memory_does_not_grow_with_pictures_times_captions(monkeypatch):

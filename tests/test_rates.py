@@ -11,7 +11,7 @@ from softmoe_clip.models.create import create_model
 from softmoe_clip.training.freeze import freeze
 from softmoe_clip.training.loop import train
 from softmoe_clip.training.optim import make_optimizer
-from softmoe_clip.training.rates import levels_from_top, rate_factors, rate_lines
+from softmoe_clip.training.rates import comes_before, levels_from_top, rate_factors, rate_lines
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 3}
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
@@ -79,6 +79,13 @@ def test_levels_are_counted_from_the_last_block_down_to_the_embeddings(models, k
     found = levels_from_top(model, tower)
     assert found == levels_by_hand(names, blocks, depth, first)
     assert {0, 1, depth, depth + 1} <= set(found.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["visual.trunk.attn_pool.pos_embed", "visual.trunk.attn_pool.latent", "text.head.weight"]
+)
+def test_pooling_and_heads_are_above_the_blocks_even_where_they_have_positions(name):
+    assert not comes_before(name)
 
 
 def test_timms_own_layer_decay_agrees_up_to_where_it_begins_to_count(models):
