@@ -40,18 +40,12 @@ class Crop(NamedTuple):
     shrink: int
 
 
-def train_crop(
-    image: Image.Image, image_size: int, augment: Augment, rng: np.random.Generator
-) -> UInt8[Tensor, "3 {image_size} {image_size}"]:
-    """Crop a decoded RGB picture at random and resize the crop; all draws come from `rng`."""
-    return resized_crop(image, draw_crop(*image.size, image_size, augment, rng), image_size)
-
-
 def decode_crop(
     data: bytes, image_size: int, augment: Augment, rng: np.random.Generator
 ) -> UInt8[Tensor, "3 {image_size} {image_size}"]:
-    """Do the same from a picture's bytes, decoding a JPEG no larger than the crop needs: two to four times as fast.
+    """Crop an encoded picture at random and resize the crop; all draws come from `rng`.
 
+    A JPEG is decoded no larger than the crop needs, which is two to four times as fast as the whole of it.
     Raises ValueError with the reason when the picture does not decode.
     """
     picture = open_picture(data)

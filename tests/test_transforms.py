@@ -15,8 +15,13 @@ from softmoe_clip.data_pipelines.transforms import (
     draw_crop,
     eval_transform,
     normalise,
-    train_crop,
+    resized_crop,
 )
+
+
+def train_crop(image, image_size, augment, rng):
+    """What `decode_crop` must give, from a picture that is decoded as a whole."""
+    return resized_crop(image, draw_crop(*image.size, image_size, augment, rng), image_size)
 
 
 def smooth(width: int, height: int) -> Image.Image:

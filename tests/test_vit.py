@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 import softmoe_clip.plugin
-from softmoe_clip.models.complexity import image_complexity, mlp_macs, num_parameters, soft_moe_macs
+from softmoe_clip.models.complexity import image_complexity, num_parameters
 from softmoe_clip.models.vit import SIZES, TOWERS
 
 
@@ -42,6 +42,15 @@ def test_sizes_and_costs_are_those_of_the_paper(name):
     cost = image_complexity(tower, config["vision_cfg"]["image_size"])
     assert cost.num_parameters / 1e6 == pytest.approx(millions, rel=0.0003, abs=0.06)
     assert cost.flops / 1e9 == pytest.approx(gflop, rel=0.006, abs=0.05)
+
+
+def soft_moe_macs(num_tokens, width, hidden, num_slots):
+    """Logits, dispatch and combine, then the experts."""
+    return 3 * num_tokens * num_slots * width + 2 * num_slots * width * hidden
+
+
+def mlp_macs(num_tokens, width, hidden):
+    return 2 * num_tokens * width * hidden
 
 
 @pytest.mark.parametrize("name", ["softmoe_vit_demo_patch8_64", "plain_vit_demo_patch8_64"])

@@ -100,13 +100,3 @@ def text_complexity(tower: nn.Module, context_length: int) -> Complexity:
 def num_parameters(module: nn.Module) -> int:
     """Count the numbers in all parameters, each shared one once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def soft_moe_macs(num_tokens: int, width: int, hidden: int, num_slots: int) -> int:
-    """Multiply-accumulates of one Soft MoE layer per image: logits, dispatch and combine, then the experts."""
-    return 3 * num_tokens * num_slots * width + 2 * num_slots * width * hidden
-
-
-def mlp_macs(num_tokens: int, width: int, hidden: int) -> int:
-    """Multiply-accumulates of one dense MLP per image."""
-    return 2 * num_tokens * width * hidden
