@@ -1,4 +1,4 @@
-"""Make an output folder appear whole or not at all."""
+"""Make an output folder, or a file, appear whole or not at all."""
 
 import errno
 import os
@@ -57,6 +57,19 @@ def refuse_file(folder: Path, advice: str = "choose a folder to write into") -> 
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: {advice}")
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, also when the machine fails: it is on the disk before it takes its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        sync(temporary)
+        temporary.replace(file)
+        sync(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: str | Path) -> None:

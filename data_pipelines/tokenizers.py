@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from softmoe_clip.data_pipelines.new_folder import write_whole
+
 SETTINGS_FILE = "softmoe_tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 # Any of them makes a folder one of transformers': its fast tokenizers, their settings, BERT's words, T5's pieces.
@@ -226,8 +228,7 @@ def check_context_length(context_length: int) -> None:
 def write_settings(folder: str | Path, kind: str, context_length: int, options: dict | None = None) -> None:
     """Say in the folder which tokenizer it is."""
     settings = {"kind": kind, "context_length": context_length} | ({} if options is None else {"options": options})
-    text = json.dumps(settings, indent=2) + "\n"
-    write_whole(Path(folder) / SETTINGS_FILE, text.encode())
+    write_whole(Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 def read_settings(folder: Path) -> dict:
@@ -253,14 +254,3 @@ def read_settings(folder: Path) -> dict:
     if kind not in ("sentencepiece", "open_clip", "transformers"):
         raise ValueError(f"{file} names the kind {kind!r}; known are sentencepiece, open_clip and transformers")
     return settings
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write under a temporary name and rename, so that no half-written file stays."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.write_bytes(data)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from softmoe_clip.data_pipelines.tokenizers import spaced, write_whole
+from softmoe_clip.data_pipelines.new_folder import write_whole
+from softmoe_clip.data_pipelines.tokenizers import spaced
 
 # The trainer skips sentences over 4,192 bytes; 1,000 characters are at most 4,000.
 MAX_TRAINING_CHARACTERS = 1000

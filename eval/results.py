@@ -82,7 +82,7 @@ def times_chance(name: str, value: float, chance: float | None) -> float | None:
 
 def is_rank(name: str) -> bool:
     """Tell a rank (1 is best) from a share (1 is best, shown in percent)."""
-    return name.endswith("median_rank")
+    return name.endswith("rank")
 
 
 def shown(name: str, value: float | None) -> str:

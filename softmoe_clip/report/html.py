@@ -1,11 +1,11 @@
 """One self-contained page about a model: its numbers, how it was trained, what it finds, and what its slots look at."""
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.report import sections
 from softmoe_clip.report.examples import Pool, embed_pool
@@ -49,7 +49,9 @@ def write_report(
             page["layers_left_out"] = f"Shown are {len(page['layers'])} of {num_layers} layers, evenly spread."
     page["made"] = made(record, numbers)
     page["sections"] = [place for name, place in SECTIONS.items() if page.get(name)] + [("made", "How it was made")]
-    return write_whole(out_file(out, run), render(page))
+    file = out_file(out, run)
+    write_whole(file, render(page))
+    return file
 
 
 def open_shards(pattern) -> ShardSet:
@@ -227,12 +229,3 @@ def out_file(out, run) -> Path:
         raise ValueError("the report needs a place: name an output file")
     out = Path(out if out is not None else run)
     return out if out.suffix in (".html", ".htm") else out / "report.html"
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file under another name first, so that no half page is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path

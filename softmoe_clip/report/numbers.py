@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple
 
+from softmoe_clip.eval.results import is_rank
 from softmoe_clip.report.run_record import Numbers
 
 WAYS = {"text_to_image": "Text to picture", "image_to_text": "Picture to text"}
@@ -57,10 +58,6 @@ def in_words(name: str) -> tuple[str, str]:
     measure = MEASURES.get(measure, measure.replace("_", " "))
     title = {"zero_shot": f"Zero-shot, {measure}", "relations": f"Relations, {measure}"}.get(kind)
     return title or (f"{kind.replace('_', ' ').capitalize()}, {measure}" if rest else measure), "/".join(task)
-
-
-def is_rank(name: str) -> bool:
-    return name.endswith("rank")
 
 
 def is_share(name: str) -> bool:

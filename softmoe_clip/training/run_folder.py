@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, flatten
 from softmoe_clip.data_pipelines.config import DataConfig
+from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.data_pipelines.strict import read_yaml
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
-from softmoe_clip.training.run_log import environment, write_whole
+from softmoe_clip.training.run_log import environment
 
 CHECKPOINT_NAME = re.compile("step_([0-9]+)")
 

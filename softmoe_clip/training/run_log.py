@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_clip.data_pipelines.ledger import append_lines
-from softmoe_clip.data_pipelines.new_folder import sync
-from softmoe_clip.data_pipelines.shard_files import write_synced
+from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.training.trackers import start_trackers
 
 REPORTED_PACKAGES = ("softmoe-clip", "torch", "torchvision", "open-clip-torch", "timm", "accelerate", "numpy", "pillow")
@@ -80,14 +79,6 @@ def cut_back(file: Path, last_step: int) -> list[dict[str, Any]]:
             entries.append(entry)
     write_whole(file, "".join(kept))
     return entries
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all, also when the machine fails: it is on the disk before it takes its name."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    write_synced(temporary, text)
-    temporary.rename(file)
-    sync(file.parent)
 
 
 def environment() -> dict[str, object]:
