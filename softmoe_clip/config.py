@@ -156,6 +156,19 @@ class TrainConfig:
             raise ValueError(
                 f"keep_every must be a multiple of checkpoint_every, got {self.keep_every} and {self.checkpoint_every}"
             )
+        self.check_places()
+        check_expressions("freeze", self.freeze)
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel counts processes from 1, got {self.expert_parallel}")
+        if self.expert_parallel > 1:
+            self.check_expert_parallel()
+        if self.sharding == "full":
+            self.check_sharding()
+
+    def check_places(self) -> None:
+        """Refuse to write where nothing can be written, and to start from what is not on this machine."""
         if self.out.startswith(("http://", "https://")) or ("://" in self.out and "::" in self.out):
             raise ValueError(f"out: {self.out} cannot be written: give a folder, or a URL such as s3://bucket/run")
         if self.working_folder is not None and "://" not in self.out:
@@ -165,19 +178,15 @@ class TrainConfig:
                 f"init takes a folder of this machine (a run, a checkpoint in one, a model) or a model of open_clip's, "
                 f"not the URL {self.init}: copy that folder here and give its path"
             )
-        check_expressions("freeze", self.freeze)
-        if len(set(self.trackers)) < len(self.trackers):
-            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
-        if self.expert_parallel < 1:
-            raise ValueError(f"expert_parallel counts processes from 1, got {self.expert_parallel}")
-        if self.expert_parallel > 1 and self.precision == "fp16":
+
+    def check_expert_parallel(self) -> None:
+        """Refuse what spread experts cannot do."""
+        if self.precision == "fp16":
             raise ValueError("expert_parallel cannot skip steps in all processes alike, as fp16 must: take bf16")
-        if self.expert_parallel > 1 and self.lora is not None:
+        if self.lora is not None:
             raise ValueError("expert_parallel has no adapters for experts: leave lora or expert_parallel out")
-        if self.expert_parallel > 1 and self.optim.name != "adamw":
+        if self.optim.name != "adamw":
             raise ValueError(f"expert_parallel needs optim.name=adamw: {self.optim.name} may look at whole tensors")
-        if self.sharding == "full":
-            self.check_sharding()
 
     def check_sharding(self) -> None:
         """Refuse what cannot be shared out."""
