@@ -116,6 +116,11 @@ def test_permuting_tokens_permutes_the_outputs(layer, tokens):
     assert not torch.allclose(layer(tokens[:, order]), layer(tokens))
 
 
+def test_an_unknown_activation_is_refused_when_the_layer_is_made():
+    with pytest.raises(ValueError, match="no activation 'relu': take gelu_tanh, gelu, quick_gelu"):
+        SoftMoE(8, num_experts=2, activation="relu")
+
+
 def test_padding_never_changes_a_real_token(layer, tokens):
     real = torch.ones(3, 7, dtype=torch.bool)
     for garbage in (0.0, 1e6, float("nan"), float("inf")):

@@ -39,7 +39,11 @@ def create_model(
     output_dict: bool = True,
     eos_id: int | None = None,
 ) -> nn.Module:
-    """Build a new open_clip model with fresh weights, ready to train; see `folder_config` for the arguments.
+    """Build a new open_clip model with fresh weights, in train mode, on the CPU.
+
+    `vocab_size`, `context_length` and `eos_id` are those of the tokenizer, and win over those of the architecture. With
+    `output_dict` calling the model gives a dict: image_features and text_features (b, z), logit_scale, logit_bias.
+    Raises ValueError for an architecture that is not known, or cannot be built.
 
     The bias of the text tower's qk-norm stays zero and frozen: the reference has none, but open_clip's files need it.
     """

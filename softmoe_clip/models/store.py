@@ -28,7 +28,12 @@ FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_mod
 
 
 class LoadedModel(NamedTuple):
-    """A model, strings to ids, PIL to float (3, r, r), the config of its folder (None for a model of open_clip's)."""
+    """What `load` gives: a model in eval mode, and what turns captions and pictures into its inputs.
+
+    `model.encode_image((b, 3, r, r), normalize=True)` and `model.encode_text((b, l), normalize=True)` give unit vectors
+    (b, z). `tokenizer` turns b strings into int64 (b, l); `transform` a PIL picture into float (3, r, r), as
+    open_clip's preprocess_val does. `config` is what open_clip_config.json holds, None for a model of open_clip's own.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -57,6 +62,7 @@ class LoadedModel(NamedTuple):
 def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a run folder, a model folder, or an open_clip `NAME:TAG`, `hf-hub:...`, `local-dir:...`, in eval mode.
 
+    Weights are moved to `device` and, where it is given, to `dtype`; `tokenizer` and `transform` stay on the CPU.
     Raises ValueError, one sentence, where there is no such model, or where a file of it is missing or damaged.
     """
     name = str(model)

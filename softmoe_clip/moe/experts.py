@@ -18,10 +18,16 @@ ACTIVATIONS = {
 
 
 class Experts(nn.Module):
-    """One two-layer MLP per expert; all start from the same weights, as in the reference (split_rngs=False)."""
+    """One two-layer MLP per expert: `experts(slots (b, e, s, d))` gives (b, e, s, d).
+
+    The weights are w_in (e, d, f), b_in (e, f), w_out (e, f, d) and b_out (e, d), with f = `hidden`. All experts start
+    from the same weights, as in the reference (split_rngs=False). Raises ValueError for an unknown activation.
+    """
 
     def __init__(self, num_experts: int, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"experts have no activation {activation!r}: take {', '.join(ACTIVATIONS)}")
         self.activation = activation
         self.num_experts = num_experts
         self.own = range(num_experts)  # of the layer's experts, those that are here: see expert_parallel

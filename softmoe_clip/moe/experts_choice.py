@@ -8,9 +8,10 @@ from softmoe_clip.moe.sparse import SparseMoE, best
 
 
 class ExpertsChoiceMoE(SparseMoE):
-    """Each expert takes the tokens with the largest gates for it, the earlier of equal ones first.
+    """Experts Choice (arXiv 2202.09368): each expert takes the tokens with the largest gates, of equals the earlier.
 
-    A token may go to many experts or to none. Loads are equal by construction, so there are no auxiliary losses.
+    A token may go to many experts or to none. Loads are equal by construction, so there are no auxiliary losses. Sizes,
+    capacity and noise are those of `SparseMoE`.
     """
 
     def choose(self, gates: Float[Tensor, "g m e"], num_slots: int) -> Bool[Tensor, "g m e s"]:

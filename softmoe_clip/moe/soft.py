@@ -18,14 +18,25 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 class Routing(NamedTuple):
-    """What each slot takes of each token (sums to 1 over n), and each token of each slot (sums to 1 over e and s)."""
+    """Both sets of weights: b pictures of n tokens, e experts of s slots each; float32, float64 for float64 tokens.
+
+    `dispatch` is what each slot takes of each token (sums to 1 over n), `combine` what each token takes of each slot
+    (sums to 1 over e and s). A masked token has zeros in both.
+    """
 
     dispatch: Float[Tensor, "b n e s"]
     combine: Float[Tensor, "b n e s"]
 
 
 class SoftMoE(nn.Module):
-    """Each slot is a weighted mean of all tokens and goes through its expert; each token is a mean of the results."""
+    """A Soft MoE layer (arXiv 2308.00951): `layer(tokens (b, n, d), mask (b, n) or None)` gives (b, n, d).
+
+    Each slot is a weighted mean of all tokens and goes through its expert; each token is such a mean of the results.
+    `width` is d, `num_experts` e, `slots_per_expert` s, and `hidden` the hidden size f of an expert, 4 * width without
+    it. `normalize` divides tokens and slot embeddings by their lengths before they are compared. `activation` is the
+    experts': gelu_tanh (the reference's), gelu or quick_gelu. Learnt are slot_embed (d, e, s), router_scale () and
+    those of `experts`. Raises ValueError for a size below 1, or an unknown activation.
+    """
 
     def __init__(
         self,
@@ -45,7 +56,10 @@ class SoftMoE(nn.Module):
         self.experts = new_experts(num_experts, width, 4 * width if hidden is None else hidden, activation)
 
     def route(self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Routing:
-        """Compute both sets of weights, in float32 at least; a masked token gives and takes nothing."""
+        """Compute both sets of weights, in float32 at least, from tokens (b, n, d).
+
+        `mask` (b, n) is True for a real token; a masked one gives and takes nothing, all masked give zeros.
+        """
         logits = self.logits(without_padding(tokens, mask))
         if mask is None:
             dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
@@ -66,7 +80,10 @@ class SoftMoE(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        """Mix the raw tokens into slots (they are normalised for the logits only), run the experts, mix back."""
+        """Mix the raw tokens into slots (they are normalised for the logits only), run the experts, mix back.
+
+        The result has the tokens' shape; where `mask` is False it is 0.
+        """
         routing = self.route(tokens, mask)
         dispatch, combine = (weights.flatten(2).to(tokens.dtype) for weights in routing)
         slots = bmm(dispatch.transpose(1, 2), without_padding(tokens, mask))

@@ -25,7 +25,13 @@ class SparseRouting(NamedTuple):
 
 
 class SparseMoE(nn.Module):
-    """A layer whose experts take whole tokens; `choose` says which. The weight of a choice is its gate, unscaled."""
+    """A layer whose experts take whole tokens; `choose` says which. `layer(tokens (b, n, d))` gives (b, n, d).
+
+    The weight of a choice is its gate, unscaled; a token that no expert takes gives zeros. `group_size` pictures, of m
+    tokens in all, are routed together: there each expert has m * top_k * `capacity_factor` / `num_experts` slots, made
+    whole by `capacity_rounding` and raised to a multiple of `capacity_multiple_of`. In training normal noise of
+    `noise_std` / `num_experts` is added to the logits. `hidden` is 4 * `width` without it.
+    """
 
     top_k = 1  # choices a token makes; Tokens Choice sets its own
     draw_noise = staticmethod(torch.randn_like)  # from torch's own generator; a training run sets another

@@ -9,10 +9,11 @@ from softmoe_clip.moe.sparse import SparseMoE, best, queue_up
 
 
 class TokensChoiceMoE(SparseMoE):
-    """Each token chooses its `top_k` experts; what comes after an expert is full is dropped.
+    """V-MoE's layer (arXiv 2106.05974): each token chooses its `top_k` experts; who comes to a full one is dropped.
 
     All first choices come before any second one; among them earlier tokens come first, or with `bpr` (batch-priority
-    routing) those with the largest gate. At equal gates the lower number wins.
+    routing) those with the largest gate. At equal gates the lower number wins. Sizes, capacity and noise are those of
+    `SparseMoE`. Raises ValueError for a `top_k` that is not between 1 and `num_experts`.
     """
 
     def __init__(
