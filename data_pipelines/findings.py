@@ -31,6 +31,7 @@ WARNINGS = {
     "few shards": "fewer shards than the processes and workers that would read them",
 }
 KINDS = (*ERRORS, *WARNINGS)
+NUM_SHOWN = 3  # of each kind, in the printed table
 
 
 class Finding(TypedDict):
@@ -80,7 +81,7 @@ def ledger_beside(file: str | Path) -> Path:
     return Path(file).with_suffix(".jsonl")
 
 
-def print_findings(findings: Sequence[Finding], num_shown: int = 3) -> None:
+def print_findings(findings: Sequence[Finding]) -> None:
     """Print a table, a row for each kind with its first few findings."""
     from rich.console import Console
     from rich.table import Table
@@ -94,9 +95,9 @@ def print_findings(findings: Sequence[Finding], num_shown: int = 3) -> None:
     table.add_column("the first of them", overflow="fold")
     for kind, found in by_kind(findings).items():
         colour = "red" if kind in ERRORS else "yellow"
-        rows = [_shown(one) for one in found[:num_shown]]
-        if len(found) > num_shown:
-            rows.append(f"... and {len(found) - num_shown:,} more")
+        rows = [_shown(one) for one in found[:NUM_SHOWN]]
+        if len(found) > NUM_SHOWN:
+            rows.append(f"... and {len(found) - NUM_SHOWN:,} more")
         first = Text(found[0]["severity"], style=colour)
         table.add_row(first, f"{len(found):,}", Text(kind), Text("\n".join(rows)))
     console.print(table)

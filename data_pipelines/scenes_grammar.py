@@ -108,9 +108,9 @@ def phrase(thing: Thing, detail: Detail = "full", anything: str = "shape") -> st
     return with_article(words)
 
 
-def counted(number: int, thing: Thing, detail: Detail = "full", anything: str = "shape") -> str:
+def counted(number: int, thing: Thing, detail: Detail = "full") -> str:
     """Say how many of a thing: "three red stars"."""
-    words = phrase(thing, detail, anything).split(" ", 1)[1]
+    words = phrase(thing, detail).split(" ", 1)[1]
     return f"{NUMBERS[number - 1]} {words if number == 1 else plural(words)}"
 
 

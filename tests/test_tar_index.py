@@ -182,6 +182,18 @@ def test_new_and_changed_tars_are_indexed_anew(tmp_path):
     assert after.fingerprint() != before.fingerprint()
 
 
+def test_a_folders_index_keeps_the_shards_that_a_pattern_leaves_out(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", some_members(2, seed=number))
+    for pattern in ("0.tar", "{1..2}.tar", "2.tar"):
+        ShardSet.open(str(tmp_path / pattern))
+    assert sorted(load_index(tmp_path / INDEX_NAME)) == ["0.tar", "1.tar", "2.tar"]
+    (tmp_path / "1.tar").unlink()
+    write_tar(tmp_path / "3.tar", some_members(1, seed=3))
+    ShardSet.open(str(tmp_path / "3.tar"))
+    assert sorted(load_index(tmp_path / INDEX_NAME)) == ["0.tar", "2.tar", "3.tar"]
+
+
 def test_a_tar_that_changed_in_the_middle_is_noticed_when_read(tmp_path):
     members = [(f"{key}.jpg", b"x" * 600) for key in range(5)]
     path = write_tar(tmp_path / "0.tar", members)
@@ -250,6 +262,15 @@ def test_the_fingerprint_tells_sets_apart_but_not_their_places(tmp_path):
     prints = [ShardSet.open(str(tmp_path / name)).fingerprint() for name in "abcd"]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_the_fingerprint_tells_where_the_bytes_of_a_sample_lie(tmp_path):
+    """The same keys in tars of the same size: the order of samples is the same, but not what they hold."""
+    for name, sizes in (("a", (100, 200)), ("b", (200, 100))):
+        write_tar(tmp_path / name / "0.tar", [(f"{i}.jpg", bytes(size)) for i, size in enumerate(sizes)])
+    one, other = (ShardSet.open(str(tmp_path / name)) for name in "ab")
+    assert one.num_bytes(0) == other.num_bytes(0)
+    assert one.fingerprint() != other.fingerprint()
 
 
 def test_a_sample_beyond_the_end_is_an_index_error(tmp_path):

@@ -225,6 +225,25 @@ def test_saved_tokenizers_load_the_same(tmp_path, model_file):
     assert load_tokenizer(model_file, context_length=5)(["red"]).shape == (1, 5)
 
 
+def test_what_is_cut_off_before_clips_bpe_changes_no_id():
+    """Few ids can hold many letters: `photography` is one."""
+    from open_clip import SimpleTokenizer
+
+    caption = "photographers photographing international architectural landscapes " * 40
+    whole = SimpleTokenizer(context_length=77)([caption])
+    assert len(SimpleTokenizer().decode(whole[0].tolist())) > 77 * 9
+    assert torch.equal(open_clip_tokenizer(77)([caption]), whole)
+
+
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+def test_a_folder_of_transformers_pads_and_cuts_to_the_right_whatever_it_says(bert, tmp_path, side):
+    write_tokenizer(tmp_path / "left")
+    file = tmp_path / "left/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {side: "left"}))
+    captions = ["a dog", "the red dog, the blue house of a green cat"]
+    assert torch.equal(TransformersTokenizer(tmp_path / "left", 6)(captions), TransformersTokenizer(bert, 6)(captions))
+
+
 def test_clip_ids_are_open_clips():
     import open_clip
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
+NUM_PICTURES = 500  # that are asked for
+
 
 class Pool(NamedTuple):
     """Pictures with their captions and the vectors of both; text row j belongs to picture `picture_of_text[j]`."""
@@ -39,7 +41,7 @@ class Example(NamedTuple):
     right_row: int
 
 
-def embed_pool(encoder, shards: ShardSet, num_pictures: int = 500) -> Pool | None:
+def embed_pool(encoder, shards: ShardSet) -> Pool | None:
     """Embed the first pictures of a shard set and all their captions; None where no picture has one.
 
     Unreadable samples are passed over.
@@ -47,14 +49,14 @@ def embed_pool(encoder, shards: ShardSet, num_pictures: int = 500) -> Pool | Non
     from softmoe_clip.data_pipelines.loader import eval_batches
 
     samples, captions, images = [], [], []
-    for batch in eval_batches(shards, encoder.transform, min(encoder.batch_size, num_pictures)):
+    for batch in eval_batches(shards, encoder.transform, min(encoder.batch_size, NUM_PICTURES)):
         vectors = encoder.images(batch.images) if batch.keys else []
         for vector, sample, texts in zip(vectors, batch.indices, batch.captions, strict=True):
-            if texts and len(samples) < num_pictures:
+            if texts and len(samples) < NUM_PICTURES:
                 samples.append(sample)
                 captions.append(texts)
                 images.append(vector)
-        if len(samples) == num_pictures:
+        if len(samples) == NUM_PICTURES:
             break
     if not samples:
         return None

@@ -12,6 +12,7 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 MEASURES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "median_rank": "median rank"}
 # Which measures make the headline, most telling first.
 HEADLINE = ("top1", "text_to_image/recall@1", "accuracy", "text_to_image/recall@10", "image_to_text/recall@10")
+NUM_HEADLINES = 6
 
 
 class Figure(NamedTuple):
@@ -83,11 +84,11 @@ def parts(name: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def headline_figures(numbers: Numbers, count: int = 6) -> list[Figure]:
+def headline_figures(numbers: Numbers) -> list[Figure]:
     """The few numbers to open with: one of each telling kind, over the tasks in turn."""
     chosen = []
     for ending in HEADLINE:
         found = [name for name in numbers.metrics if name.endswith(f"/{ending}")]
         chosen += sorted(found, key=lambda name: name.count("/"))  # the whole before its parts, else as in the suite
     chosen = chosen or [name for name in sorted(numbers.metrics) if is_share(name)]
-    return [figure(name, numbers.metrics[name], numbers.chance.get(name)) for name in chosen[:count]]
+    return [figure(name, numbers.metrics[name], numbers.chance.get(name)) for name in chosen[:NUM_HEADLINES]]

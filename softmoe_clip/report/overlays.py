@@ -11,6 +11,7 @@ from softmoe_clip.report.router_maps import LayerMaps, layer_title, router_maps,
 
 # Told apart by people with any colour vision (after Okabe and Ito), softened for use over photographs.
 EXPERT_COLOURS = ("#e69f00", "#56b4e9", "#1fa37c", "#e6d84a", "#d5703f", "#cc79a7")
+FULL_HEAT = 1.5  # times the even share: the least that glows fully
 
 
 def model_view(picture: Image.Image, transform, side: int) -> Image.Image:
@@ -35,13 +36,13 @@ def times_even(weights: np.ndarray) -> float:
     return float(weights.max() * weights.size / max(weights.sum(), 1e-12))
 
 
-def heat_of(weights: np.ndarray, full: float = 1.5) -> np.ndarray:
+def heat_of(weights: np.ndarray) -> np.ndarray:
     """Scale a map to 0..1: 0 at the even share and below, 1 at its greatest weight.
 
-    The scale never ends below `full` times the even share, so that a nearly even map looks nearly even.
+    The scale never ends below FULL_HEAT times the even share, so that a nearly even map looks nearly even.
     """
     even = weights.sum() / weights.size
-    top = max(float(weights.max()), full * even) - even
+    top = max(float(weights.max()), FULL_HEAT * even) - even
     return np.clip((weights - even) / max(top, 1e-12), 0, 1).astype(np.float32)
 
 
@@ -55,11 +56,11 @@ def overlay(picture: Image.Image, weights: np.ndarray) -> Image.Image:
     return from_unit(night * (1 - heat) + glow * heat)
 
 
-def leaders(maps: LayerMaps, count: int = len(EXPERT_COLOURS)) -> tuple[np.ndarray, list[int]]:
+def leaders(maps: LayerMaps) -> tuple[np.ndarray, list[int]]:
     """Tell the expert with the greatest combine weight at each patch (b, y, x), and those that lead most often."""
     leader = maps.combine.argmax(1)
     often = np.bincount(leader.ravel(), minlength=maps.combine.shape[1])
-    return leader, [int(expert) for expert in np.argsort(-often, kind="stable")[:count] if often[expert]]
+    return leader, [int(expert) for expert in np.argsort(-often, kind="stable")[: len(EXPERT_COLOURS)] if often[expert]]
 
 
 def leader_overlay(picture: Image.Image, leader: np.ndarray, named: Sequence[int]) -> Image.Image:

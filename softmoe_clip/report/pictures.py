@@ -9,15 +9,17 @@ from softmoe_clip.data_pipelines.images import decode_rgb
 from softmoe_clip.data_pipelines.samples import read_pair
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
+THUMBNAIL = 288  # pixels
+
 
 def read_picture(shards: ShardSet, sample: int) -> Image.Image:
     """Decode the picture of a sample."""
     return decode_rgb(read_pair(shards.read(sample)).image)
 
 
-def thumbnail_uri(picture: Image.Image, side: int = 288) -> str:
-    """Make the shorter side `side` pixels, or twice its own size where that is less, and give a data URI."""
-    scale = min(2.0, side / min(picture.size))
+def thumbnail_uri(picture: Image.Image) -> str:
+    """Make the shorter side THUMBNAIL pixels, or twice its own size where that is less, and give a data URI."""
+    scale = min(2.0, THUMBNAIL / min(picture.size))
     size = tuple(max(1, round(length * scale)) for length in picture.size)
     return data_uri(picture.resize(size, Image.Resampling.LANCZOS))
 

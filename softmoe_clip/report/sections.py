@@ -15,6 +15,8 @@ from softmoe_clip.report.router_maps import LayerMaps, layer_title, router_maps,
 from softmoe_clip.report.run_record import Numbers, RunRecord
 
 MAX_LAYERS = 6
+NUM_SLOTS = 5  # of a layer, with a map each
+MAP_SIDE = 208  # pixels
 MAX_CLASSES_SHOWN = 24
 SMALL = (280, 172)
 # Metrics worth a chart of their own, when training measured them several times.
@@ -160,17 +162,17 @@ def classes_section(numbers: Numbers) -> list[dict]:
     return tasks
 
 
-def routing_section(loaded, pictures: Sequence, num_slots: int = 5, side: int = 208) -> list[dict]:
+def routing_section(loaded, pictures: Sequence) -> list[dict]:
     """For each Soft MoE layer: what some slots take in of each picture, and which experts lead where."""
     layers = router_maps(loaded.model, pictures, loaded.transform) if pictures else []
-    views = [model_view(picture, loaded.transform, side) for picture in pictures]
-    return [routing_layer(maps, views, num_slots) for maps in spread(layers, MAX_LAYERS)]
+    views = [model_view(picture, loaded.transform, MAP_SIDE) for picture in pictures]
+    return [routing_layer(maps, views) for maps in spread(layers, MAX_LAYERS)]
 
 
-def routing_layer(maps: LayerMaps, views: Sequence, num_slots: int) -> dict:
+def routing_layer(maps: LayerMaps, views: Sequence) -> dict:
     """One layer: a row of maps per picture, the leading experts and every expert's share."""
     _, e, s = maps.dispatch.shape[:3]
-    slots, (leader, named) = telling_slots(maps, num_slots), leaders(maps)
+    slots, (leader, named) = telling_slots(maps, NUM_SLOTS), leaders(maps)
     cells = []
     for row, view in enumerate(views):
         cells.append({"uri": data_uri(view, 76), "alt": f"Picture {row + 1} as the model sees it", "mark": ""})

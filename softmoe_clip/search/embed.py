@@ -31,7 +31,6 @@ def embed(
     rows_per_file: int = 100_000,
     model_name: str = "",
     dtype: Literal["float32", "float16"] = "float32",
-    num_workers: int = 0,
     features: Literal["embedding", "trunk"] = "embedding",
 ) -> EmbedReport:
     """Write one row per picture: its unit vector, the unit vector of its first caption, and what is known about it.
@@ -46,7 +45,7 @@ def embed(
         for kind in kinds_of(features):
             (folder / kind).mkdir()
         num_rows, skipped = 0, []
-        rows = embedded_rows(encoder, shards, num_workers, skipped, features)
+        rows = embedded_rows(encoder, shards, skipped, features)
         for part, chunk in enumerate(chunks(rows, rows_per_file)):
             num_rows, width = num_rows + len(chunk), len(chunk[0]["image"])
             write_part(folder, part, chunk, dtype)
@@ -85,12 +84,12 @@ def kinds_of(features: str) -> list[str]:
     return [kind for kind in KINDS if kind != "text_emb" or features == "embedding"]
 
 
-def embedded_rows(encoder, shards: ShardSet, num_workers: int, skipped: list[dict], features: str) -> Iterator[dict]:
+def embedded_rows(encoder, shards: ShardSet, skipped: list[dict], features: str) -> Iterator[dict]:
     """Yield one dict per readable sample, in shard order; what can't be read is appended to `skipped`."""
     from softmoe_clip.data_pipelines.loader import eval_batches
 
     with progress("embedding", total=len(shards), unit="pictures") as advance:
-        for batch in eval_batches(shards, encoder.transform, encoder.batch_size, num_workers=num_workers):
+        for batch in eval_batches(shards, encoder.transform, encoder.batch_size):
             skipped += [{"key": bad.key, "shard": bad.shard, "reason": bad.reason} for bad in batch.skipped]
             advance(len(batch.keys) + len(batch.skipped))
             if not batch.keys:

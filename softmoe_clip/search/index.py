@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 # What an index is made of. In this order it goes and in the other it comes: never the rest without its image.index.
+ROWS_PER_BLOCK = 65_536
 COPIED = ("metadata", "meta.json")
 INDICES = {"text.index": "text_emb", "image.index": "img_emb"}
 
@@ -161,12 +162,12 @@ def load_part(path: Path) -> np.ndarray:
     return rows
 
 
-def unit_rows(embeddings: Path, kind: str, rows_per_block: int = 65_536) -> Iterator[np.ndarray]:
+def unit_rows(embeddings: Path, kind: str) -> Iterator[np.ndarray]:
     """Yield blocks of float32 unit vectors, block by block so that a set larger than memory passes through."""
     for path in part_files(embeddings, kind):
         part = load_part(path)
-        for start in range(0, len(part), rows_per_block):
-            rows = np.ascontiguousarray(part[start : start + rows_per_block], dtype=np.float32)
+        for start in range(0, len(part), ROWS_PER_BLOCK):
+            rows = np.ascontiguousarray(part[start : start + ROWS_PER_BLOCK], dtype=np.float32)
             if not np.isfinite(rows).all():
                 raise ValueError(f"{path} holds a number that is not finite, after row {start}: embed the shards again")
             yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
