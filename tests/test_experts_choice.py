@@ -139,6 +139,12 @@ def test_a_group_over_several_images_is_routed_as_one_long_image(layer, tokens):
     np.testing.assert_allclose(layer(tokens).detach().view(1, 30, 6), expected, atol=1e-12)
 
 
+def test_a_smaller_group_of_evaluation_gets_its_share_of_the_slots_rounded_up():
+    layer = ExpertsChoiceMoE(6, 3, capacity_multiple_of=1, group_size=2).eval()
+    assert layer.route(torch.randn(2, 4, 6)).dispatch.shape == (1, 8, 3, 3)  # 8 tokens for 3 experts: 2.67, rounded up
+    assert layer.route(torch.randn(1, 4, 6)).dispatch.shape == (1, 4, 3, 2)  # half of 3
+
+
 @pytest.mark.parametrize("layer", [SoftMoE, ExpertsChoiceMoE])
 @pytest.mark.parametrize("sizes", [(0, 4), (12, 0), (12, -1)])
 def test_layers_of_nothing_are_refused(layer, sizes):
