@@ -1,5 +1,7 @@
 """Tokens Choice against numbers of the reference, a slow oracle, and mutants that both must catch."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -196,6 +198,22 @@ def test_noise_is_drawn_in_training_only_and_from_torchs_seed():
     given = layer.route(tokens, noise=torch.randn(2, 9, 4))
     assert not torch.equal(given.combine, layer.route(tokens).combine)
     assert "load" in given.aux_losses
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_load_loss_is_that_of_the_chances_to_be_among_the_first_k(top_k):
+    """V-MoE's appendix A: the threshold is the k-th largest noisy logit, and an expert's own noise is drawn again."""
+    torch.manual_seed(0)
+    layer = TokensChoiceMoE(6, 4, top_k, noise_std=1.0).double()
+    tokens, noise = torch.randn(1, 9, 6).double(), torch.randn(1, 9, 4).double()
+    logits, std = (tokens @ layer.gate)[0].tolist(), 1.0 / 4
+    loads = [0.0] * 4
+    for token, drawn in zip(logits, noise[0].tolist(), strict=True):
+        threshold = sorted((x + std * z for x, z in zip(token, drawn, strict=True)), reverse=True)[top_k - 1]
+        for expert, logit in enumerate(token):
+            loads[expert] += 0.5 * (1 + math.erf((logit - threshold) / std / math.sqrt(2)))
+    expected = np.var(loads) / np.mean(loads) ** 2
+    assert layer.route(tokens, noise).aux_losses["load"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_auxiliary_gradients_are_finite_and_zero_at_exactly_balanced_load():
