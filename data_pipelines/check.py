@@ -116,6 +116,7 @@ def within(contents: Contents, doubles: list[set_findings.Place]) -> Iterator[Fi
     """Find what is wrong with the samples of one set, each for itself and beside each other."""
     facts, names = contents.facts, contents.names
     yield from set_findings.duplicate_keys(contents.parts, names)
+    yield from set_findings.read_otherwise(contents.parts, names)
     for sample, kind, reason in facts.troubles:
         yield finding(kind, names[facts.shards[sample]], facts.keys[sample], reason)
     yield from set_findings.keys_across_shards(facts, contents.parts, names)

@@ -19,6 +19,7 @@ ERRORS = {
 }
 WARNINGS = {
     "empty shard": "a shard without samples",
+    "read otherwise": "samples of a shard that webdataset and open_clip would tear apart, or join",
     "repeated keys": "keys of a shard that earlier shards have, too",
     "split key": "the members of a sample lie in two shards",
     "only a label": "samples with a label and no caption",

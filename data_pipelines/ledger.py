@@ -40,21 +40,25 @@ def append_lines(file: str | Path, lines: Sequence[str]) -> None:
 
 
 def read_ledger(file: str | Path) -> list[dict]:
-    """Read all entries; a last line cut short by a kill is left out."""
-    entries = []
-    for line in Path(file).read_text(encoding="utf-8").split("\n") if Path(file).exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    """Read all entries; lines that a kill or a bad copy damaged are left out."""
+    lines = Path(file).read_bytes().splitlines() if Path(file).exists() else []
+    return [entry for entry in map(entry_of, lines) if entry is not None]
+
+
+def entry_of(line: bytes) -> dict | None:
+    """Return what a line holds, None of one that is damaged."""
+    try:
+        entry = json.loads(line.decode())
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def cut_back_ledger(file: str | Path, last_step: int) -> None:
     """Drop entries after `last_step`: a resumed run meets those positions again."""
     if not Path(file).exists():
         return
-    kept = [entry for entry in read_ledger(file) if entry["step"] <= last_step]
+    kept = [entry for entry in read_ledger(file) if entry.get("step", 0) <= last_step]
     part = Path(file).with_name(Path(file).name + ".part")
     part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), "utf-8", ESCAPED)
     part.replace(file)

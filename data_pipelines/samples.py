@@ -119,7 +119,12 @@ def json_fields(members: dict[str, bytes]) -> dict[str, Any]:
 
 def without_empty(captions: list) -> tuple[str, ...]:
     """Strip white space, and drop what is empty or no text."""
-    return tuple(stripped for caption in captions if isinstance(caption, str) and (stripped := caption.strip()))
+    return tuple(readable(text) for caption in captions if isinstance(caption, str) and (text := caption.strip()))
+
+
+def readable(text: str) -> str:
+    """Put a ? for each half of a surrogate pair, which JSON and file names may hold, and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def label_of(members: dict[str, bytes]) -> int | None:

@@ -40,6 +40,25 @@ def duplicate_keys(parts: Sequence[TarPart], names: Sequence[str]) -> Iterator[F
                 yield finding("duplicate key", name, key, f"the key comes {count} times; webdataset stops here")
 
 
+def read_otherwise(parts: Sequence[TarPart], names: Sequence[str]) -> Iterator[Finding]:
+    """Find tars of which readers from first byte to last, webdataset and open_clip, make other samples than we do."""
+    for part, name in zip(parts, names, strict=True):
+        torn, dotted = interleaved(part), [key for key in part.keys if "." in key.rsplit("/", 1)[-1]]
+        for keys, what, there in ((torn, "not side by side", "torn apart"), (dotted, "with dots in the key", "joined")):
+            if keys:
+                some = f"{len(keys):,} of its {len(part.keys):,} samples lie there {what} (first: {keys[0]})"
+                reason = f"{some}: {there} by webdataset, not by softmoe-clip's own loader; --fix writes them anew"
+                yield finding("read otherwise", name, "", reason)
+
+
+def interleaved(part: TarPart) -> list[str]:
+    """List the keys whose members have some of another key between them."""
+    owners = np.repeat(np.arange(len(part.keys)), np.diff(part.starts))[np.argsort(part.offsets)]
+    begins = owners[np.flatnonzero(np.diff(owners, prepend=-1))]  # a sample for each run of members
+    samples, num_runs = np.unique(begins, return_counts=True)
+    return [part.keys[sample] for sample in samples[num_runs > 1]]
+
+
 def keys_across_shards(facts: Facts, parts: Sequence[TarPart], names: Sequence[str]) -> Iterator[Finding]:
     """Find samples torn apart at the end of a shard, and shards that number their samples as earlier ones do."""
     first_shard: dict[str, int] = {}

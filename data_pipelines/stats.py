@@ -14,6 +14,7 @@ from softmoe_clip.data_pipelines.processes import in_order, usable_cores
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import BadSample, read_pair
 from softmoe_clip.data_pipelines.shards import find_shards
+from softmoe_clip.data_pipelines.tar_index import tell_of_damage
 from softmoe_clip.data_pipelines.tar_samples import FEW_SAMPLES, chunks_of, index_shards, raw_samples
 from softmoe_clip.data_pipelines.tar_walk import TarPart
 
@@ -71,7 +72,10 @@ def count(
     counting = (str(tokenizer), context_length) if tokenizer else None
     context_length = loaded_tokenizer(*counting)[1] if counting else None
     urls = [shard.url for shard in find_shards(pattern)]
-    parts = [(url, part) for url, part in zip(urls, index_shards(urls, jobs), strict=True) if isinstance(part, TarPart)]
+    found = list(zip(urls, index_shards(urls, jobs), strict=True))
+    parts = [(url, part) for url, part in found if isinstance(part, TarPart)]
+    unreadable = [f"{Path(url).name} {part}" for url, part in found if isinstance(part, str)]
+    tell_of_damage([*unreadable, *(problem for _, part in parts for problem in part.problems)], len(urls))
     num_samples = sum(len(part.keys) for _, part in parts)
     if not num_samples:
         raise ValueError(f"the shards of {pattern} hold no samples: `softmoe-clip check` says more")

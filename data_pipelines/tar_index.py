@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -61,8 +62,9 @@ class ShardSet:
     def open(cls, pattern: str | Sequence[str], cache: ShardCache | None = None) -> "ShardSet":
         """Open the shards of a pattern (see `find_shards`), building and storing what their index lacks.
 
-        A damaged tar gives the samples before the damage, and a line in `problems`. Raises ValueError where there are
-        no samples at all, or a file is no tar. Remote shards are copied into `cache`, by default this user's.
+        A damaged tar gives the samples before the damage, a line in `problems` and one on stderr. Raises ValueError
+        where there are no samples at all, or a file is no tar. Remote shards are copied into `cache`, by default this
+        user's.
         """
         found = find_shards(pattern)
         cache = cache or ShardCache()
@@ -75,6 +77,7 @@ class ShardSet:
         if not len(shard_set):
             reason = f" ({shard_set.problems[0]})" if shard_set.problems else ""
             raise ValueError(f"the shards of {pattern} hold no samples{reason}: make shards with `softmoe-clip pack`")
+        tell_of_damage(shard_set.problems, len(found))
         return shard_set
 
     @classmethod
@@ -175,6 +178,17 @@ class _Copy(_Descriptor):
     def __del__(self):
         if hasattr(self, "number"):
             release(self.number)
+
+
+def tell_of_damage(problems: Sequence[str], num_shards: int) -> None:
+    """Say once, and in one process of several, that shards hold more than can be read of them."""
+    if problems and os.environ.get("RANK", "0") == "0":
+        _say_once(f"{len(problems):,} of {num_shards:,} shards damaged, `softmoe-clip check` lists them: {problems[0]}")
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _current_parts(paths: list[Path]) -> list[TarPart]:

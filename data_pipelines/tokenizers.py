@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.new_folder import write_whole
+from softmoe_clip.data_pipelines.samples import readable
 
 SETTINGS_FILE = "softmoe_tokenizer.json"
 MODEL_FILE = "tokenizer.model"
@@ -69,8 +70,7 @@ class SentencePieceTokenizer:
         captions = in_list(captions)
         token_ids = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
         # One thread: callers are loader workers, and a thread pool would not survive their fork.
-        # Half a surrogate, as a terminal makes of bytes that are no UTF-8, is no text to sentencepiece.
-        texts = [caption.lower().encode("utf-8", "replace").decode() for caption in captions]
+        texts = [caption.lower() for caption in captions]
         for row, ids in zip(token_ids, self.processor.encode(texts, num_threads=1), strict=True):
             ids = ids[: self.context_length - 1]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
@@ -205,8 +205,11 @@ def load_tokenizer(source: str | Path, context_length: int | None = None, option
 
 
 def in_list(captions: str | list[str]) -> list[str]:
-    """Make a lone caption a list of one, and runs of white space one space."""
-    return [spaced(caption) for caption in ([captions] if isinstance(captions, str) else captions)]
+    """Make a lone caption a list of one, and runs of white space one space.
+
+    Half a surrogate, as a terminal makes of bytes that are no UTF-8, is no text to any tokenizer.
+    """
+    return [readable(spaced(caption)) for caption in ([captions] if isinstance(captions, str) else captions)]
 
 
 def spaced(caption: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from softmoe_clip.data_pipelines.new_folder import refuse_file
+from softmoe_clip.data_pipelines.samples import readable
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Results:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with part.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+                text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
+                file.write(readable(text) + "\n")  # a key that could not be read need not be text
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)

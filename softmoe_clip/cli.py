@@ -42,6 +42,8 @@ def main() -> None:
     """Run the command line; what a user got wrong becomes one line on stderr and exit status 2."""
     from typer.exceptions import TyperException
 
+    # Names and captions hold letters that not every terminal's encoding has: work that is done must not end in that.
+    sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:

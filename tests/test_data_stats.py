@@ -147,6 +147,13 @@ def test_stats_prints_a_table_and_draws_a_page(softmoe_clip, tmp_path, monkeypat
     assert (tmp_path / "out/stats.html").exists()
 
 
+def test_shards_that_cannot_be_read_are_told_of(tmp_path, capsys):
+    write_set(tmp_path / "out", [encoded(scene(0))])
+    (tmp_path / "out/page.tar").write_bytes(b"<html>")
+    assert count(str(tmp_path / "out")).num_samples == 1
+    assert "1 of 2 shards damaged, `softmoe-clip check` lists them: page.tar is not a tar" in capsys.readouterr().err
+
+
 def test_no_samples_is_an_error(tmp_path):
     (tmp_path / "0.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="hold no samples"):

@@ -34,3 +34,15 @@ def test_cutting_back_drops_later_steps_and_half_lines(tmp_path):
     append_replaced(file, [ENTRY], 4)
     assert [entry["step"] for entry in read_ledger(file)] == [1, 2, 3, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
+
+
+def test_lines_that_a_bad_copy_damaged_are_left_out_and_those_after_them_kept(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    append_replaced(file, [ENTRY], 1)
+    with open(file, "ab") as ledger:
+        ledger.write(b'{"position": 7, "key": "caf\xe9", "step": 2}\n\0\0\0\n7\n')
+    append_replaced(file, [ENTRY], 3)
+    append_replaced(file, [ENTRY], 4)
+    assert [entry["step"] for entry in read_ledger(file)] == [1, 3, 4]
+    cut_back_ledger(file, 3)
+    assert [entry["step"] for entry in read_ledger(file)] == [1, 3]

@@ -21,7 +21,7 @@ from softmoe_clip.report.examples import Pool, embed_pool, image_to_text, text_t
 from softmoe_clip.report.html import write_report
 from softmoe_clip.report.numbers import TIMES, all_figures, figure
 from softmoe_clip.report.plots import Curve, line_chart, smoothed
-from softmoe_clip.report.run_record import Numbers
+from softmoe_clip.report.run_record import Numbers, read_run
 
 COLOUR_MODEL = SimpleNamespace(model=ColourModel(), tokenizer=tokenizer, transform=transform, config=None)
 RESULTS = Results(
@@ -246,3 +246,11 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(tmp_path):
         dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
         scroll, inner = map(int, re.search(r"<title>(\d+)/(\d+)</title>", dom.stdout).groups())
         assert scroll <= inner <= width
+
+
+def test_a_damaged_line_in_the_middle_of_a_log_hides_no_other(tmp_path):
+    run = run_folder(tmp_path)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[9] = b'{"step": 10, "loss": 0.\xe9}\n'
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert [line["step"] for line in read_run(run).steps] == [step for step in range(1, 41) if step != 10]

@@ -131,13 +131,17 @@ def test_a_damaged_header_ends_the_tar_with_its_place(tmp_path, format):
     assert "0.tar: damaged" in shards.problems[0]
 
 
-def test_tars_put_together_say_that_the_second_is_not_read(tmp_path):
+def test_tars_put_together_say_once_that_the_second_is_not_read(tmp_path, capsys, monkeypatch):
     one, two = (write_tar(tmp_path / f"in{seed}.tar", some_members(3, seed)).read_bytes() for seed in (1, 2))
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "0.tar").write_bytes(one + two)
-    shards = ShardSet.open(str(tmp_path / "s"))
-    assert len(shards) == 3
-    assert "end mark" in shards.problems[0]
+    for name, rank in (("together", "0"), ("elsewhere", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.tar").write_bytes(one + two)
+        monkeypatch.setenv("RANK", rank)
+        shards = [ShardSet.open(str(tmp_path / name)) for _ in range(2)]
+        assert len(shards[0]) == 3
+        assert "end mark" in shards[0].problems[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("1 of 1 shards damaged, `softmoe-clip check` lists them: together.tar: has an end mark")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.samples import readable
 from softmoe_clip.data_pipelines.sources.items import (
     PICTURES,
     SPLITS,
@@ -78,7 +79,7 @@ def read_classes(*folders: Path) -> tuple[list[str], dict[str, int]]:
     inside = sorted({path.name for folder in folders for path in folders_of(folder)})
     listing = folders[0].parent / LISTING
     if not listing.is_file():
-        return [name.replace("_", " ") for name in inside], {name: label for label, name in enumerate(inside)}
+        return [readable(name).replace("_", " ") for name in inside], {name: label for label, name in enumerate(inside)}
     names, labels = read_listing(listing)
     if unknown := [name for name in inside if name not in labels]:
         where = next(folder / unknown[0] for folder in folders if (folder / unknown[0]).is_dir())
@@ -90,9 +91,10 @@ def read_listing(listing: Path) -> tuple[Sequence[str], dict[str, int]]:
     """Read {"classes": [{"index": 0, "dir": "n01440764", "name": "tench"}, ...]}: names, and labels by folder."""
     try:
         classes = sorted(json.loads(listing.read_text("utf-8-sig"))["classes"], key=lambda entry: entry["index"])
-        names, labels = [entry["name"] for entry in classes], {entry["dir"]: entry["index"] for entry in classes}
+        names = [readable(entry["name"]) for entry in classes]
+        labels = {entry["dir"]: entry["index"] for entry in classes}
         in_order = [entry["index"] for entry in classes] == list(range(len(classes)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{listing} is not a list of classes with index, dir and name ({error!r})") from None
     if not in_order:
         raise ValueError(f"the class indices in {listing} must be 0, 1, 2, ... without gaps")

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softmoe_clip.data_pipelines.ledger import read_ledger
+
 
 class RunRecord(NamedTuple):
     """A run as written down by training: the exact YAML, a line per logged step, a line per evaluation, versions."""
@@ -45,14 +47,8 @@ def read_run(run: str | Path | None) -> RunRecord:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read JSON lines, leaving out a last line that was cut off."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    """Read JSON lines about steps, without those that a kill or a bad copy damaged."""
+    return [line for line in read_ledger(path) if "step" in line]
 
 
 def read_json(path: Path) -> dict:

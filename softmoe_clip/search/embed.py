@@ -9,7 +9,7 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.new_folder import new_folder
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import json_fields, picture_extension
+from softmoe_clip.data_pipelines.samples import json_fields, picture_extension, readable
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 
 KINDS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
@@ -118,10 +118,10 @@ def describe(shards: ShardSet, sample: int, captions: tuple[str, ...]) -> dict:
     extra = json_fields(raw.members)
     size = {side: extra.get(side) for side in ("width", "height")}
     return {
-        "image_path": f"{raw.shard}/{raw.key}.{extension}",
+        "image_path": f"{raw.shard}/{readable(raw.key)}.{readable(extension)}",
         "caption": captions[0] if captions else "",
         "captions": list(captions),
-        "key": raw.key,
+        "key": readable(raw.key),
         "shard": raw.shard,
         "sample": sample,
         **{side: value if isinstance(value, int) else None for side, value in size.items()},

@@ -1,6 +1,8 @@
 """Ask an index: a sentence or a picture in, the nearest pictures or captions out."""
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,6 +11,8 @@ import numpy as np
 
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.search.index import check_columns, read_meta
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Hit(NamedTuple):
@@ -141,7 +145,7 @@ def read_picture(path: str | Path, transform):
 
 def thumbnails(opened: OpenIndex, hits: Sequence[Hit]) -> list[bytes]:
     """Read the encoded pictures of hits back from the shards that were embedded, in the order of the hits."""
-    from softmoe_clip.data_pipelines.samples import read_pair
+    from softmoe_clip.data_pipelines.samples import read_pair, readable
 
     if not opened.meta.get("shards"):
         raise ValueError("the index does not name its shards, so its pictures can't be shown")
@@ -149,22 +153,23 @@ def thumbnails(opened: OpenIndex, hits: Sequence[Hit]) -> list[bytes]:
     samples = [opened.rows.column("sample")[hit.row].as_py() for hit in hits]
     pairs = [read_pair(shards.read(sample)) for sample in samples]
     for hit, pair in zip(hits, pairs, strict=True):
-        if pair.key != hit.key:
+        if readable(pair.key) != hit.key:
             raise ValueError(f"sample {hit.key} is no longer where it was: the shards changed; embed them again")
     return [pair.image for pair in pairs]
 
 
-def hits_json(hits: Sequence[Hit]) -> str:
+def hits_json(hits: Sequence[Hit], ensure_ascii: bool = False) -> str:
     """Write hits as one JSON array, one object per hit with the names of Hit's fields."""
-    return json.dumps([hit._asdict() for hit in hits], indent=1, ensure_ascii=False)
+    return json.dumps([hit._asdict() for hit in hits], indent=1, ensure_ascii=ensure_ascii)
 
 
 def print_hits(hits: Sequence[Hit], as_json: bool = False) -> None:
     """Print one line per hit (score, shard:key, caption), or JSON."""
     if as_json:
-        print(hits_json(hits))
+        print(hits_json(hits, ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8")))
         return
     places = [f"{hit.shard}:{hit.key}" if hit.shard else hit.key for hit in hits]
     width = max(map(len, places), default=0)
     for hit, place in zip(hits, places, strict=True):
-        print(f"{hit.score:6.3f}  {place:{width}}  {' '.join(hit.caption.split())}")
+        line = f"{hit.score:6.3f}  {place:{width}}  {' '.join(hit.caption.split())}"
+        print(CONTROLS.sub("?", line))  # a caption comes from anywhere, and may not steer the terminal
