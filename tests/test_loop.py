@@ -268,6 +268,12 @@ def test_bfloat16_trains_too(tiny_config):
     assert all(0 < line["loss"] < 100 for line in metrics(train(tiny_config("precision=bf16", "steps=3"))))
 
 
+def test_runs_of_one_python_process_may_differ_in_precision(whole_run, tiny_config):
+    half = train(tiny_config("precision=bf16", "steps=2", f"out={tiny_config().out}_half"))
+    assert (train(tiny_config()) / WEIGHTS).read_bytes() == (whole_run / WEIGHTS).read_bytes()
+    assert metrics(half)[0]["loss"] != metrics(whole_run)[0]["loss"]
+
+
 def test_every_counts_steps_and_always_meets_the_last():
     assert [step for step in range(1, 11) if every(4, step, 10)] == [4, 8, 10]
     assert [step for step in range(1, 11) if every(0, step, 10)] == [10]
