@@ -200,6 +200,9 @@ def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):
     (run / "checkpoints/step_00000006").mkdir()
     assert not is_finished(run, tiny_config())  # its model is missing
     (run / "model").mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        assert not is_finished(run, tiny_config())
+        (run / "model" / name).touch()
     assert is_finished(run, tiny_config())
     assert not is_finished(run, tiny_config("steps=12"))
     with pytest.raises(ValueError, match="seed: 0 then, 1 now"):

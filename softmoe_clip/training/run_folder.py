@@ -150,7 +150,10 @@ def is_finished(run: Path, config: TrainConfig) -> bool:
 
     They are written before the last checkpoint, whose name is enough: whether it is whole is seen when it is read.
     """
-    if newest_step(run) < config.last_step or not all((run / name).exists() for name in model_folders(config)):
+    from softmoe_clip.models.store import CONFIG_FILE, WEIGHTS_FILE
+
+    files = [run / folder / name for folder in model_folders(config) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    if newest_step(run) < config.last_step or not all(file.exists() for file in files):
         return False
     refuse_another_run(run, config, read_facts(run)["data"])
     return True
