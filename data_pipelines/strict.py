@@ -19,7 +19,8 @@ def load_strict(dataclass_type: type[Config], path_or_dict: str | Path | dict, o
     """
     is_dict = isinstance(path_or_dict, dict)
     source = "the config" if is_dict else str(path_or_dict)
-    tree = resolved(apply_overrides(path_or_dict if is_dict else read_yaml(path_or_dict), overrides), source)
+    before = path_or_dict if is_dict else read_yaml(path_or_dict)
+    tree = resolved(apply_overrides(before, overrides), source)
     given = [override.split("=", 1)[0].strip() for override in overrides]
 
     def place(key: str) -> str:
@@ -30,7 +31,12 @@ def load_strict(dataclass_type: type[Config], path_or_dict: str | Path | dict, o
     def known_keys() -> list[str]:
         return list(all_keys(dataclass_type))
 
-    return build(dataclass_type, tree, "", MISSING, (place, known_keys))
+    def only_parts(key: str) -> bool:
+        """Say whether overrides set single keys of a mapping that was not given as a whole."""
+        whole = holds(before, key) or any(f"{key}.".startswith(f"{name}.") for name in given)
+        return not whole and any(name.startswith(f"{key}.") for name in given)
+
+    return build(dataclass_type, tree, "", MISSING, (place, known_keys, only_parts))
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -58,6 +64,12 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(tree, dict) or (len(tree) == 1 and ":" not in Path(path).read_text(encoding="utf-8")):
         raise ValueError(f"{path} must hold `key: value` lines at its top level")
     return tree
+
+
+def holds(tree: Any, key: str) -> bool:
+    """Tell whether nested mappings hold a dotted key."""
+    name, _, rest = key.partition(".")
+    return isinstance(tree, dict) and name in tree and (not rest or holds(tree[name], rest))
 
 
 def apply_overrides(tree: dict, overrides: Sequence[str]) -> Any:
@@ -107,6 +119,7 @@ def build(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
             items = [item(hint, part, f"{key}.{i}") for i, (hint, part) in enumerate(zip(hints, value, strict=True))]
             return items if (origin or hint) is list else tuple(items)
     if (origin or hint) is dict and isinstance(value, dict):
+        refuse_parts(key, default, context)
         names, values = get_args(hint) or (Any, Any)
         return {item(names, name, f"{key}.{name}"): item(values, part, f"{key}.{name}") for name, part in value.items()}
     if hint in (str, bool, NoneType) and isinstance(value, hint):
@@ -114,10 +127,20 @@ def build(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and (hint is float or (hint is int and float(value).is_integer())):
         return hint(value)
-    place, _ = context
+    place, *_ = context
     quotes = ": write it in quotes" if hint is str and is_number else ""
     got = f"{value!r} ({type(value).__name__}){quotes}"
     raise ValueError(f"{key or 'the top level'} in {place(key)} must be {in_words(hint)}, got {got}")
+
+
+def refuse_parts(key: str, default: Any, context: tuple) -> None:
+    """Refuse overrides of single keys of a mapping where a default would be gone without a word."""
+    *_, only_parts = context
+    if isinstance(default, dict) and default and only_parts(key):
+        raise ValueError(
+            f"{key} in the overrides would lose the keys of its default ({', '.join(default)}): "
+            f"give all that it is to hold, as in {key}={{...}}"
+        )
 
 
 def build_union(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
@@ -133,13 +156,13 @@ def build_union(hint: Any, value: Any, key: str, default: Any, context: tuple) -
             return build(member, value, key, default, context)
         except ValueError:
             continue
-    place, _ = context
+    place, *_ = context
     raise ValueError(f"{key} in {place(key)} must be {in_words(hint)}, got {value!r} ({type(value).__name__})")
 
 
 def build_dataclass(cls: type[Config], values: dict, key: str, default: Any, context: tuple) -> Config:
     """Fill a dataclass from a mapping, on top of the default that its field has in the config around it."""
-    place, known_keys = context
+    place, known_keys, _ = context
     hints, prefix = get_type_hints(cls), f"{key}." if key else ""
     settable = {field.name: field for field in fields(cls) if field.init}
     for name in values:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_clip.eval.caption_pairs import caption_pairs
+from softmoe_clip.eval.class_folders import open_data
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig, load_suite
 from softmoe_clip.eval.encoder import Encoder
 from softmoe_clip.eval.results import Results
 from softmoe_clip.eval.retrieval import retrieval
-from softmoe_clip.eval.zero_shot import zero_shot
+from softmoe_clip.eval.zero_shot import words_of, zero_shot
 
-__all__ = ["TASKS", "SuiteConfig", "TaskConfig", "load_suite", "run_suite"]
+__all__ = ["TASKS", "SuiteConfig", "TaskConfig", "check_suite", "load_suite", "run_suite"]
 
 TASKS = {
     "zero_shot": zero_shot,
@@ -27,6 +28,14 @@ TIES = (
     "scores closer than 1e-6 are ties; a metric is its expectation over random orders of what is tied, "
     "a median rank the median over these orders, too"
 )
+
+
+def check_suite(suite: SuiteConfig) -> None:
+    """Refuse data that cannot be opened, class names and templates that are not there, before anything is computed."""
+    for task in suite.tasks:
+        data = open_data(suite.place(task.data))
+        if task.kind == "zero_shot":
+            words_of(task, suite, data)
 
 
 def run_suite(encoder: Encoder, suite: SuiteConfig | str | Path, model_name: str = "") -> Results:

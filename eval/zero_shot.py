@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softmoe_clip.data_pipelines.progress import progress
+from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.eval.class_folders import ClassFolders, open_data
 from softmoe_clip.eval.classnames import check_classes, find_classnames
 from softmoe_clip.eval.config import SuiteConfig, TaskConfig
@@ -33,15 +34,8 @@ def zero_shot(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results
     """Score one labelled set of pictures (shards with `.cls`, or class folders)."""
     place = suite.place(task.data)
     data = open_data(place)
-    given = task.classnames
-    if isinstance(given, str) and given != "imagenet":
-        given = suite.place(given)
-    has_names = isinstance(data, ClassFolders) and given is None
-    classnames = data.classnames if has_names else find_classnames(place, given)
-    templates = task.templates
-    if isinstance(templates, str) and templates.endswith(".txt"):
-        templates = suite.place(templates)
-    class_emb = class_embeddings(encoder, classnames, find_templates(templates))
+    classnames, templates = words_of(task, suite, data)
+    class_emb = class_embeddings(encoder, classnames, templates)
     pictures = encoder.image_set(data)
     if None in pictures.labels:
         key = pictures.keys[pictures.labels.index(None)]
@@ -61,3 +55,15 @@ def zero_shot(encoder: Encoder, task: TaskConfig, suite: SuiteConfig) -> Results
             ]
         },
     )
+
+
+def words_of(task: TaskConfig, suite: SuiteConfig, data: ShardSet | ClassFolders) -> tuple[list[str], list[Template]]:
+    """Find class names and templates of a task; raises ValueError where there are none."""
+    given, templates = task.classnames, task.templates
+    if isinstance(given, str) and given != "imagenet":
+        given = suite.place(given)
+    has_names = isinstance(data, ClassFolders) and given is None
+    classnames = data.classnames if has_names else find_classnames(suite.place(task.data), given)
+    if isinstance(templates, str) and templates.endswith(".txt"):
+        templates = suite.place(templates)
+    return classnames, find_templates(templates)

@@ -204,6 +204,26 @@ def test_a_url_with_other_things_is_left_alone(machine):
     assert mirror.names() == ["thesis.txt"]
 
 
+def test_folders_of_somebody_else_among_the_checkpoints_at_a_url_are_left_alone(machine):
+    mirror = begun_run(machine("a", "faulty://bucket/run", "keep_last=1"), 2)
+    for name in ("best", "step_best"):
+        mirror.system.pipe_file(f"/bucket/run/checkpoints/{name}/notes.txt", b"mine")
+    add_checkpoint(mirror.folder, 4)
+    mirror.upload(4)
+    assert mirror.names("checkpoints", kind="directory") == ["best", "step_00000004", "step_best"]
+    other = Mirror(machine("b"))
+    other.fetch()
+    assert [path.name for path in (other.folder / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}"])
+def test_a_damaged_file_of_a_run_at_a_url_is_named(machine, data):
+    mirror = begun_run(machine("a"), 2)
+    mirror.system.pipe_file("/bucket/run/versions.json", data)
+    with pytest.raises(ValueError, match=r"^faulty://bucket/run/versions.json is damaged: give another URL as out$"):
+        Mirror(machine("b")).fetch()
+
+
 def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(machine, monkeypatch):
     def broken(self, *_, **__):
         raise PermissionError("not for you")

@@ -105,6 +105,23 @@ def test_a_run_with_decay_rules_of_its_own_goes_on_under_them_and_no_others(run,
         begin(run, tiny_config(), Data(), {})
 
 
+def test_a_run_without_decay_rules_goes_on_without_them(run, tiny_config):
+    none = tiny_config("optim.weight_decay={}")
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(none))))
+    begin(run, none, Data(), {})
+    with pytest.raises(ValueError, match=r"optim\.weight_decay\.\.\*: None then, 0\.1 now"):
+        begin(run, tiny_config(), Data(), {})
+
+
+@pytest.mark.parametrize("rules", ["weight_decay", "lr_scale"])
+def test_rules_in_another_order_make_another_run(run, tiny_config, rules):
+    one, other = (tiny_config(f"optim.{rules}={{{r}}}") for r in ("'text': 0.1, '.*': 0.5", "'.*': 0.5, 'text': 0.1"))
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_tree(one))))
+    begin(run, one, Data(), {})
+    with pytest.raises(ValueError, match=rf"\(optim\.{rules}: its rules stood in another order then\)"):
+        begin(run, other, Data(), {})
+
+
 def test_all_differences_are_named(run, tiny_config):
     with pytest.raises(ValueError, match=r"\(optim.lr: 0.001 then, 0.5 now; seed: 0 then, 3 now\)"):
         begin(run, tiny_config("seed=3", "optim.lr=0.5", "steps=9"), Data(), {})
@@ -200,6 +217,9 @@ def test_a_run_is_finished_at_its_last_step_and_not_before(run, tiny_config):
     (run / "checkpoints/step_00000006").mkdir()
     assert not is_finished(run, tiny_config())  # its model is missing
     (run / "model").mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        assert not is_finished(run, tiny_config())
+        (run / "model" / name).touch()
     assert is_finished(run, tiny_config())
     assert not is_finished(run, tiny_config("steps=12"))
     with pytest.raises(ValueError, match="seed: 0 then, 1 now"):

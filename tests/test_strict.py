@@ -40,6 +40,7 @@ class Train:
     tasks: tuple[Task, ...] = ()
     note: str | list[str] = ""
     weights: dict[str, float] = field(default_factory=dict)
+    rules: dict[str, float] = field(default_factory=lambda: {"bias": 0.0, ".*": 0.1})
     free: Any = None
     val: str | None = None
 
@@ -92,6 +93,12 @@ def test_overrides_win_over_the_file(tmp_path):
     assert config.layers == Layers(num_experts=8, blocks=[3, 4])
     assert config.val == "a=b"
     assert config.flip is True
+
+
+def test_single_keys_of_a_mapping_that_was_given_can_be_set():
+    assert load({"rules": {"norm": 1, "bias": 2}}, "rules.norm=3").rules == {"norm": 3.0, "bias": 2.0}
+    assert load({}, "rules={norm: 1}", "rules.bias=2").rules == {"norm": 1.0, "bias": 2.0}
+    assert load({}, "weights.a=2").weights == {"a": 2.0}
 
 
 def test_environment_variables_and_other_keys_can_be_used(monkeypatch):
@@ -162,6 +169,11 @@ def test_environment_variables_and_other_keys_can_be_used(monkeypatch):
         ({}, ["=3"], "override '=3' must look like a.b=value"),
         ({}, ["a..b=3"], "override 'a..b=3' must look like a.b=value"),
         ({}, ["betas=[1"], "override 'betas=[1' cannot be applied: "),
+        (
+            {},
+            ["rules.norm=1"],
+            "rules in the overrides would lose the keys of its default (bias, .*): give all that it",
+        ),
         ({}, ["out.deeper=1"], "out in the overrides must be a string, got {'deeper': 1} (dict)"),
     ],
 )

@@ -171,3 +171,13 @@ def test_too_few_captions_for_centroids_are_one_sentence(ours, scenes, tmp_path)
     with pytest.raises(ValueError, match=r"centroids need as many tokens, and .* were seen: give more pictures, with"):
         upcycle(ours, tmp_path / "out", 150, [1], "centroids", 2, pictures=str(scenes / "val"), text=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_caption_for_centroids_is_too_few(ours, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (90 * number, 40, 80)).save(tmp_path / f"pictures/{number}.png")
+    (tmp_path / "pictures/0.txt").write_text("a dark picture")
+    with pytest.raises(ValueError, match=r"^one caption is too few: give two or more, since half of them are compared"):
+        upcycle(ours, tmp_path / "out", 2, [1], "centroids", 1, pictures=str(tmp_path / "pictures"), text=True)
+    assert not (tmp_path / "out").exists()

@@ -38,10 +38,11 @@ class Pairs(NamedTuple):
         """Say on how many of what each tower is compared."""
         return f"{len(self.images)} {self.names[0]}", f"{len(self.captions)} {self.names[1]}"
 
-    def halves(self) -> tuple["Pairs", "Pairs"]:
-        """Split by odd and even: what is fitted to one half is compared on the other."""
-        if len(self.images) < 2:
-            raise ValueError("one picture is too few: give two or more, since half of them are compared on")
+    def halves(self, text: bool) -> tuple["Pairs", "Pairs"]:
+        """Split by odd and even: what is fitted to one half is compared on the other. Captions matter for `text`."""
+        for what, number in (("picture", len(self.images)), ("caption", len(self.captions) if text else 2)):
+            if number < 2:
+                raise ValueError(f"one {what} is too few: give two or more, since half of them are compared on")
         return tuple(self._replace(images=self.images[i::2], captions=self.captions[i::2]) for i in (1, 0))
 
 

@@ -85,7 +85,7 @@ def upcycle(
     for key, tower in towers.items():
         check_dense(tower, written.get(key), source)
     pairs = pairs_to_compare(loaded, pictures)
-    fitted_on, pairs = pairs.halves() if mode == "centroids" else (None, pairs)
+    fitted_on, pairs = pairs.halves(text) if mode == "centroids" else (None, pairs)
     shown = {
         "image_moe": lambda: loaded.model.encode_image(fitted_on.images),
         "text_moe": lambda: loaded.model.encode_text(loaded.tokenizer(fitted_on.captions)),

@@ -26,6 +26,7 @@ def make_accelerator(precision: str):
     Without `cpu=True` a launch of two CPU processes starts two runs, each believing it is alone (Accelerate 1.15).
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
     lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1 and lacking:
@@ -36,6 +37,9 @@ def make_accelerator(precision: str):
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision=fp16 needs a GPU: take bf16 or float32")
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    # Accelerate keeps the precision of the first run in a Python process, and refuses another one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=[patient])
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -7,9 +7,8 @@ import torch
 from softmoe_clip.config import TrainConfig, find_config
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.train_set import cache_of
-from softmoe_clip.eval.class_folders import open_data
 from softmoe_clip.eval.encoder import Encoder
-from softmoe_clip.eval.suites import load_suite, run_suite
+from softmoe_clip.eval.suites import check_suite, load_suite, run_suite
 from softmoe_clip.models.store import LoadedModel
 from softmoe_clip.training.distributed import alone
 from softmoe_clip.training.losses import LOSSES
@@ -41,9 +40,7 @@ def check_measured(config: TrainConfig) -> None:
     if config.data.val is not None:
         ShardSet.open(config.data.val, cache_of(config.data))
     if config.eval.suite is not None:
-        suite = load_suite(find_config(config.eval.suite))
-        for task in suite.tasks:
-            open_data(suite.place(task.data))
+        check_suite(load_suite(find_config(config.eval.suite)))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from softmoe_clip.data_pipelines.shard_cache import cache_folder
 from softmoe_clip.data_pipelines.shards import is_remote
 from softmoe_clip.training.checkpoint import folder_name, kept, step_of
 from softmoe_clip.training.checksums import CHECKSUMS, check_checksums
-from softmoe_clip.training.run_folder import model_folders, say
+from softmoe_clip.training.run_folder import CHECKPOINT_NAME, checkpoints_in, model_folders, say
 
 TRIES = 4
 FIRST_PAUSE = 1.0  # seconds; each one is twice as long
@@ -132,10 +132,12 @@ class Mirror:
     def prune(self, newest: int) -> None:
         """Remove checkpoints at the URL by the rule for those in a folder, the checksums first."""
         whole = self.whole_steps()
-        stay = {folder_name(step) for step in kept((s for s in whole if s <= newest), self.keep_last, self.keep_every)}
-        for name in set(self.names("checkpoints", kind="directory")) - stay:
+        stay = kept((step for step in whole if step <= newest), self.keep_last, self.keep_every)
+        for name, step in self.checkpoints().items():
+            if step in stay:
+                continue
             folder = self.at(f"checkpoints/{name}")
-            if step_of(name) in whole:
+            if step in whole:
                 self.tried(lambda folder=folder: self.system.rm_file(f"{folder}/{CHECKSUMS}"))
             self.tried(lambda folder=folder: self.system.rm(folder, recursive=True))
 
@@ -156,15 +158,23 @@ class Mirror:
         """Return when the run at the URL was begun, which tells runs apart; None where there is none."""
         names = self.names()
         if "versions.json" in names:
-            return json.loads(self.tried(lambda: self.system.cat_file(self.at("versions.json"))))["begun"]
+            facts = self.tried(lambda: self.system.cat_file(self.at("versions.json")))
+            try:
+                return json.loads(facts)["begun"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.url}/versions.json is damaged: give another URL as out") from None
         if names:
             raise ValueError(f"{self.url} holds files but no run (no versions.json): give another URL as out")
         return None
 
     def whole_steps(self) -> list[int]:
         """Return the steps of the checkpoints at the URL whose checksums, and with them all else, were uploaded."""
+        return [step for name, step in self.checkpoints().items() if CHECKSUMS in self.names(f"checkpoints/{name}")]
+
+    def checkpoints(self) -> dict[str, int]:
+        """Return the checkpoints at the URL, whole or not, with their steps; another name is somebody else's."""
         folders = self.names("checkpoints", kind="directory")
-        return [step_of(name) for name in folders if CHECKSUMS in self.names(f"checkpoints/{name}")]
+        return {name: step_of(name) for name in folders if CHECKPOINT_NAME.fullmatch(name)}
 
     def names(self, folder: str = "", kind: str = "file") -> list[str]:
         """List the files, or the folders, of a folder at the URL; one that is not there has none."""
@@ -250,16 +260,16 @@ def begun_in(run: Path) -> str | None:
     """Return when the run in a folder was begun, None where there is none."""
     try:
         return json.loads((run / "versions.json").read_text())["begun"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def newest_whole(checkpoints: Path) -> int:
     """Return the step of the newest checkpoint in a folder that is not damaged, 0 where there is none."""
-    for path in sorted(checkpoints.glob("step_*"), reverse=True):
+    for path, step in sorted(checkpoints_in(checkpoints).items(), reverse=True):
         with suppress(ValueError, OSError):
             check_checksums(path)
-            return step_of(path.name)
+            return step
     return 0
 
 

@@ -121,6 +121,10 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE_AT_RESUME)
     ]
+    for rules in ("optim.weight_decay.", "optim.lr_scale."):  # the first that matches wins
+        then, here = ([key for key in settings if key.startswith(rules)] for settings in (before, now))
+        if then != here and sorted(then) == sorted(here):
+            differences.append(f"{rules[:-1]}: its rules stood in another order then")
     if differences:
         raise ValueError(f"{run} was begun with other settings ({'; '.join(differences)}): give another folder as out")
     if read_facts(run)["data"] != fingerprint:
@@ -141,7 +145,7 @@ def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
     saved = flatten(tree)
     defaults = flatten(as_tree(TrainConfig("", ModelConfig(""), DataConfig("any"), steps=1)))
     rules = "optim.weight_decay."  # a run with rules of its own has none of the others
-    if any(key.startswith(rules) for key in saved):
+    if "weight_decay" in tree.get("optim", {}):
         defaults = {key: value for key, value in defaults.items() if not key.startswith(rules)}
     return defaults | dict(unknown) | saved
 
@@ -151,7 +155,10 @@ def is_finished(run: Path, config: TrainConfig) -> bool:
 
     They are written before the last checkpoint, whose name is enough: whether it is whole is seen when it is read.
     """
-    if newest_step(run) < config.last_step or not all((run / name).exists() for name in model_folders(config)):
+    from softmoe_clip.models.store import CONFIG_FILE, WEIGHTS_FILE
+
+    files = [run / folder / name for folder in model_folders(config) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    if newest_step(run) < config.last_step or not all(file.exists() for file in files):
         return False
     refuse_another_run(run, config, read_facts(run)["data"])
     return True
