@@ -12,7 +12,7 @@ from softmoe_clip.models.alike import experts_of
 from softmoe_clip.models.complexity import Complexity, image_complexity, num_parameters, text_complexity
 from softmoe_clip.models.create import OUR_TEXT, build, folder_config
 from softmoe_clip.models.hub import refuse_url
-from softmoe_clip.models.store import check_known, read_folder, without_downloads
+from softmoe_clip.models.store import check_known, described_on_hub, read_folder, without_downloads
 from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe.experts import Experts
 
@@ -32,7 +32,7 @@ what backward needs of each example with plain attention. No workspaces, no temp
 
 
 def summary(name: str) -> dict:
-    """Count both towers of an architecture name, an open_clip JSON file, a model folder, a run folder or a NAME:TAG.
+    """Count both towers of an architecture name, an open_clip JSON file, a folder, a run, a NAME:TAG, a hf-hub:NAME.
 
     `image` and `text` hold `parameters`, `expert_path_parameters` (see `expert_path_parameters`), `gflops` and `memory`
     in bytes; `loads_with` is `open_clip`, `softmoe_clip.plugin` (open_clip after that import) or `softmoe_clip.load`.
@@ -68,7 +68,9 @@ def described(name: str) -> tuple[Path | None, dict]:
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
         return read_folder(folder)
-    if ":" in name and not name.startswith("hf-hub:"):
+    if name.startswith("hf-hub:"):
+        return described_on_hub(name)
+    if ":" in name:
         import open_clip
 
         name, tag = name.rsplit(":", 1)
