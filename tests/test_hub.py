@@ -16,6 +16,7 @@ from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.models.create import create_model, folder_config
 from softmoe_clip.models.hub import is_ours
 from softmoe_clip.models.store import LoadedModel, load, save, transform_of
+from softmoe_clip.models.summary import summary
 
 CAPTIONS = ["a red dog", "a blue cat in front of a house", "two green dogs"]
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
@@ -49,20 +50,23 @@ import torch
 from huggingface_hub import HfApi
 from test_hub import features
 import softmoe_clip
+from softmoe_clip.models.summary import summary
 
 torch.set_num_threads(1)
 folders, foreign, broken, out = json.loads(sys.argv[1])
-found = {}
+found, counts = {}, {}
 for name, folder in folders.items():
     HfApi().upload_folder(folder_path=folder, repo_id=f"somebody/{name}")
 for name in [*folders, foreign]:
     loaded = softmoe_clip.load(f"hf-hub:somebody/{name}")
     found[name] = [*features(loaded), loaded.config]
+    counts[name] = summary(f"hf-hub:somebody/{name}")
 for name in broken:
     try:
         softmoe_clip.load(f"hf-hub:somebody/{name}")
     except ValueError as error:
         found[name] = str(error)
+found["counts"] = counts
 torch.save(found, out)
 """
 
@@ -106,6 +110,7 @@ def test_a_folder_is_uploaded_by_one_call_and_comes_back_the_same(tmp_path, proc
     for name, folder in {**ours, "foreign": tmp_path / "foreign"}.items():
         *there, config = found[name]
         assert all(map(torch.equal, there, features(load(folder)))), name
+        assert found["counts"][name] == summary(str(folder)) | {"model": f"hf-hub:somebody/{name}"}
         assert config == (None if name == "foreign" else load(folder).config)
         assert repos[f"somebody/{name}"] == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert "has no preprocess_cfg with mean, std: it can't be guessed" in found["guessed"]

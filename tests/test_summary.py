@@ -122,6 +122,16 @@ def test_experts_outside_a_registered_trunk_need_our_load(native, tmp_path):
     assert counted["text"] == dense["text"]
 
 
+def test_our_text_tower_needs_our_load_and_a_dense_router_does_not(native, tmp_path):
+    for name in ("SoftMoE-demo-text", "PlainViT-B-16-256-LAION"):
+        assert summary(name)["loads_with"] == "softmoe_clip.load"
+        with pytest.raises(TypeError, match="softmoe_text"):
+            open_clip.create_model(name)
+    dense = model_folder(tmp_path / "model", ModelConfig(native, MoEConfig(router="dense")))
+    assert summary(dense)["loads_with"] == "open_clip"
+    open_clip.create_model(f"local-dir:{dense}", load_weights=False)
+
+
 def test_run_folders_and_model_folders_are_counted_without_their_weights(tmp_path):
     folder = model_folder(tmp_path / "run" / "model", ModelConfig("SoftMoE-demo"))
     of_name = summary("SoftMoE-demo")

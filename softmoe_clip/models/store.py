@@ -112,9 +112,14 @@ def load_folder(folder: Path) -> LoadedModel:
 
 def load_hub(name: str) -> LoadedModel:
     """Load a model folder from the hub: ours as a folder, any other through open_clip."""
-    repo = name.removeprefix("hf-hub:")
-    folder, written = read_folder(fetch(repo, DESCRIPTION))
-    return load_folder(fetch(repo, WHOLE)) if is_ours(folder, written) else load_open_clip(name)
+    folder, _ = described_on_hub(name)
+    return load_open_clip(name) if folder is None else load_folder(fetch(name.removeprefix("hf-hub:"), WHOLE))
+
+
+def described_on_hub(name: str) -> tuple[Path | None, dict]:
+    """Fetch what describes a model on the hub: its checked config, and its folder where `save` wrote it."""
+    folder, written = read_folder(fetch(name.removeprefix("hf-hub:"), [*DESCRIPTION, TRANSFORMERS_CONFIG]))
+    return folder if is_ours(folder, written) else None, written
 
 
 def read_folder(folder: Path) -> tuple[Path, dict]:

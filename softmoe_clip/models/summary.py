@@ -8,17 +8,21 @@ import torch
 from torch import nn
 
 from softmoe_clip.config import ModelConfig
+from softmoe_clip.models.alike import experts_of
 from softmoe_clip.models.complexity import Complexity, image_complexity, num_parameters, text_complexity
-from softmoe_clip.models.create import build, folder_config
+from softmoe_clip.models.create import OUR_TEXT, build, folder_config
 from softmoe_clip.models.hub import refuse_url
-from softmoe_clip.models.store import check_known, read_folder, without_downloads
+from softmoe_clip.models.store import check_known, described_on_hub, read_folder, without_downloads
+from softmoe_clip.models.written import TOWERS
 from softmoe_clip.moe.experts import Experts
 
 FLOAT32 = 4  # bytes
 LOADS_WITH = {
     "open_clip": "open_clip",
     "softmoe_clip.plugin": "open_clip, after `import softmoe_clip.plugin`",
-    "softmoe_clip.load": "softmoe_clip.load: MoE layers outside a registered timm tower, or a text tower from a folder",
+    "softmoe_clip.load": (
+        "softmoe_clip.load: MoE layers outside a registered timm tower, our text tower, or one from a folder"
+    ),
 }
 COUNTED = """\
 On an expert's path: all that one token's way through the tower uses, with one expert per MoE layer (the K of a top-K
@@ -28,7 +32,7 @@ what backward needs of each example with plain attention. No workspaces, no temp
 
 
 def summary(name: str) -> dict:
-    """Count both towers of an architecture name, an open_clip JSON file, a model folder, a run folder or a NAME:TAG.
+    """Count both towers of an architecture name, an open_clip JSON file, a folder, a run, a NAME:TAG, a hf-hub:NAME.
 
     `image` and `text` hold `parameters`, `expert_path_parameters` (see `expert_path_parameters`), `gflops` and `memory`
     in bytes; `loads_with` is `open_clip`, `softmoe_clip.plugin` (open_clip after that import) or `softmoe_clip.load`.
@@ -64,7 +68,9 @@ def described(name: str) -> tuple[Path | None, dict]:
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
         return read_folder(folder)
-    if ":" in name and not name.startswith("hf-hub:"):
+    if name.startswith("hf-hub:"):
+        return described_on_hub(name)
+    if ":" in name:
         import open_clip
 
         name, tag = name.rsplit(":", 1)
@@ -108,8 +114,10 @@ def loads_with(written: dict) -> str:
     """Say what it takes to load such a model: one of LOADS_WITH."""
     from softmoe_clip.plugin import TIMM_NAMES
 
+    text_cfg = written["model_cfg"]["text_cfg"]
     # open_clip looks for the text tower where it came from, and not in the model folder.
-    if written.get("softmoe") or Path(written["model_cfg"]["text_cfg"].get("hf_model_name") or "").is_absolute():
+    moved = Path(text_cfg.get("hf_model_name") or "").is_absolute()
+    if moved or OUR_TEXT in text_cfg or any(experts_of(written, tower) for tower in TOWERS):
         return "softmoe_clip.load"
     ours = written["model_cfg"]["vision_cfg"].get("timm_model_name") in TIMM_NAMES
     return "softmoe_clip.plugin" if ours else "open_clip"
