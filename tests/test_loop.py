@@ -151,6 +151,16 @@ def test_measuring_in_between_changes_nothing(whole_run, tiny_config, scenes):
     assert (run / WEIGHTS).read_bytes() == (whole_run / WEIGHTS).read_bytes()
 
 
+def test_each_loss_starts_from_the_scale_and_bias_of_its_paper(tiny_config):
+    from softmoe_clip.training.build import build
+
+    clip, siglip = (build(tiny_config(f"loss={loss}")).model for loss in ("clip", "siglip"))
+    assert clip.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert clip.logit_bias is None
+    assert siglip.logit_scale.exp().item() == pytest.approx(10)
+    assert siglip.logit_bias.item() == -10
+
+
 def test_the_clip_loss_clamps_its_scale_and_siglip_does_not(tiny_config):
     ceiling = math.log(100)  # as CLIP has it, not as our constant says
     start = ceiling + 1
