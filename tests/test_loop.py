@@ -1,6 +1,7 @@
 """The loop on a tiny model: it learns, repeats itself exactly, goes on exactly, and stops where it must."""
 
 import json
+import math
 import os
 import signal
 
@@ -14,7 +15,6 @@ from softmoe_clip.data_pipelines.shard_writer import ShardWriter
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.training.checksums import write_checksums
 from softmoe_clip.training.loop import (
-    MAX_LOGIT_SCALE,
     Stopped,
     every,
     stop_signals,
@@ -151,14 +151,25 @@ def test_measuring_in_between_changes_nothing(whole_run, tiny_config, scenes):
     assert (run / WEIGHTS).read_bytes() == (whole_run / WEIGHTS).read_bytes()
 
 
+def test_each_loss_starts_from_the_scale_and_bias_of_its_paper(tiny_config):
+    from softmoe_clip.training.build import build
+
+    clip, siglip = (build(tiny_config(f"loss={loss}")).model for loss in ("clip", "siglip"))
+    assert clip.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert clip.logit_bias is None
+    assert siglip.logit_scale.exp().item() == pytest.approx(10)
+    assert siglip.logit_bias.item() == -10
+
+
 def test_the_clip_loss_clamps_its_scale_and_siglip_does_not(tiny_config):
-    start = MAX_LOGIT_SCALE + 1
+    ceiling = math.log(100)  # as CLIP has it, not as our constant says
+    start = ceiling + 1
     for loss, held in (("clip", True), ("siglip", False)):
         run = train(
             tiny_config(f"loss={loss}", f"model.init_logit_scale={start}", "steps=1", "optim.warmup=0", f"out={loss}")
         )
         scale = load_file(run / WEIGHTS)["logit_scale"].item()
-        assert scale == pytest.approx(MAX_LOGIT_SCALE if held else start, abs=0.1)
+        assert scale == pytest.approx(ceiling if held else start, abs=0.1)
 
 
 def spoil(run, value):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 from tiny_bert import write_bert
 from torch import nn
 
@@ -141,7 +142,6 @@ def test_a_tower_that_is_frozen_or_has_no_row_of_blocks_is_refused(models):
 
 def test_a_run_moves_each_parameter_by_its_own_rate(tiny_config, tmp_path, monkeypatch):
     """Lion's steps are as long as the rate: lr in every coordinate of one step without decay."""
-    from safetensors.torch import load_file
 
     from softmoe_clip.training.build import build
 
@@ -171,3 +171,13 @@ def test_a_run_moves_each_parameter_by_its_own_rate(tiny_config, tmp_path, monke
         assert moved == pytest.approx(0.001 * factor, rel=1e-2), name
     table = dict(line.split("\t")[::2] for line in (run / "parameter_rates.tsv").read_text().splitlines())
     assert all(float(table[name]) == factor for name, factor in expected.items())
+
+
+def test_a_run_clips_its_gradients_to_the_norm_that_is_set(tiny_config, tmp_path, monkeypatch):
+    """After one step of plain momentum two runs differ by the rate times the difference of their norms."""
+    monkeypatch.chdir(tmp_path)
+    plain = ("steps=1", "optim.name=momentum", "optim.lr=1", "optim.warmup=0")
+    runs = [train(tiny_config(*plain, f"out=norm_{norm}", f"optim.clip_norm={norm}")) for norm in (0.1, 0.2)]
+    one, other = (load_file(run / "model/open_clip_model.safetensors") for run in runs)
+    apart = sum((one[name] - other[name]).double().square().sum() for name in one).sqrt()
+    assert apart.item() == pytest.approx(0.1, rel=1e-3)

@@ -9,6 +9,7 @@ from softmoe_clip.config import ModelConfig
 from softmoe_clip.moe import ExpertsChoiceMoE, SoftMoE, TokensChoiceMoE, collect_routing
 from softmoe_clip.moe.ablations import IdentityMoE, UniformMoE
 from softmoe_clip.moe.assignment import BaseMoE, HashMoE
+from softmoe_clip.moe.stats import add_statistics
 from softmoe_clip.training.loop import train
 from softmoe_clip.training.routing_watch import RoutingWatch, watched_layers
 
@@ -34,6 +35,12 @@ def tokens():
 def soft():
     torch.manual_seed(0)
     return SoftMoE(12, 4, 2)
+
+
+def test_an_expert_is_dead_below_a_hundredth_of_an_even_share():
+    with collect_routing() as collected:
+        add_statistics("layer", {"usage": torch.tensor([0.995, 0.0026, 0.0024, 0.0])})  # a hundredth of 1 / 4: 0.0025
+    assert collected.means() == {"layer": {"dead_experts": 0.5}}
 
 
 def test_a_fresh_layer_is_silent_and_a_spread_of_slots_that_is_lost_is_told(soft, tokens):

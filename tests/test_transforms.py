@@ -49,6 +49,12 @@ def test_crops_are_uint8_planes_drawn_from_the_generator_alone(size):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_wide_crops_are_as_frequent_as_tall_ones():
+    rng, augment = np.random.default_rng(0), Augment(crop_scale=(0.05, 0.1))  # small enough that no draw is refused
+    boxes = [draw_box(4000, 4000, augment, rng) for _ in range(5000)]
+    assert np.mean([math.log(width / height) for _, _, width, height in boxes]) == pytest.approx(0, abs=0.01)
+
+
 def test_scaled_decoding_crops_the_same_place():
     for seed in range(30):
         picture = smooth(403, 301)
