@@ -48,8 +48,8 @@ def branch_off(
         raise ValueError(f"init: {point} cannot be read ({' '.join(str(error).split())})") from None
     if config.samples is not None and progress.samples_seen != progress.step * config.batch_size:
         raise ValueError(
-            f"init: {point} has seen {progress.samples_seen:,} samples in {progress.step:,} steps, which are no steps of "
-            f"batch_size={config.batch_size}: give the budget as steps, not as samples"
+            f"init: {point} has seen {progress.samples_seen:,} samples in {progress.step:,} steps, which are no steps "
+            f"of batch_size={config.batch_size}: give the budget as steps, not as samples"
         )
     if config.last_step <= progress.step:
         raise ValueError(
