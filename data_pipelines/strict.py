@@ -86,7 +86,12 @@ def apply_overrides(tree: dict, overrides: Sequence[str]) -> Any:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]))["value"]
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or first_line(error)
+            raise ValueError(
+                f"override {override!r} is not valid YAML ({reason}): write a text with brackets or commas in quotes"
+            ) from None
+        except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"override {override!r} cannot be applied: {first_line(error)}") from None
     return tree
 

@@ -95,6 +95,17 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(tiny_conf
     assert not (tmp_path / "branch").exists()
 
 
+def test_a_branch_with_other_batches_takes_no_budget_in_samples(tiny_config):
+    train(tiny_config("out=trunk", "steps=4"))
+    branch = ("out=branch", "init=trunk/checkpoints/step_00000004", "batch_size=4")
+    with pytest.raises(
+        ValueError, match=r"has seen 32 samples in 4 steps, which are no steps of batch_size=4: give the"
+    ):
+        train(tiny_config(*branch, "steps=null", "samples=40"))
+    lines = (train(tiny_config(*branch, "steps=5")) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["samples_seen"] == 36
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lion", "lamb", "adan", "adafactorbv", "lookahead_nadamlegacy"])
 def test_a_run_with_any_optimizer_that_is_killed_goes_on_to_the_same_bits(tiny_config, name):

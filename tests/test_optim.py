@@ -137,6 +137,16 @@ def test_a_decay_rule_that_finds_nothing_is_refused_but_for_the_defaults():
     assert len(make_optimizer(model, OptimConfig()).param_groups) == 2
 
 
+@pytest.mark.parametrize("setting", ["weight_decay", "lr_scale"])
+def test_a_rule_behind_one_that_finds_all_it_finds_is_refused_but_not_a_rest(setting):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    told = rf"optim\.{setting}: 'bias' is never reached, as the first rule that is found counts and '\.\*' stands"
+    with pytest.raises(ValueError, match=told):
+        make_optimizer(model, OptimConfig(**{setting: {".*": 0.1, "bias": 0.5}}))
+    for rules in ({"bias": 0.5, ".*": 0.1}, {"^0": 0.5, "^1": 0.2, ".*": 0.1}, {".*": 0.1, "bias": 0.1}):
+        make_optimizer(model, OptimConfig(**{setting: rules}))
+
+
 def test_decay_is_multiplied_by_the_rate():
     model = nn.Linear(1, 1, bias=False)
     before = model.weight.item()

@@ -245,6 +245,11 @@ def test_what_cannot_be_written_is_refused_in_one_sentence(tiny_config):
         tiny_config("working_folder=here")
 
 
+def test_a_home_folder_is_found_for_a_run_too(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_at(tiny_config("out=~/runs/a")).folder == tmp_path / "runs/a"
+
+
 def test_each_url_has_its_own_folder_to_work_in(tmp_path):
     places = {cached_under(url) for url in ("s3://a/run", "s3://b/run", "gs://a/run")}
     assert len(places) == 3

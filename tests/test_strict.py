@@ -168,7 +168,8 @@ def test_environment_variables_and_other_keys_can_be_used(monkeypatch):
         ({}, ["steps"], "override 'steps' must look like a.b=value"),
         ({}, ["=3"], "override '=3' must look like a.b=value"),
         ({}, ["a..b=3"], "override 'a..b=3' must look like a.b=value"),
-        ({}, ["betas=[1"], "override 'betas=[1' cannot be applied: "),
+        ({}, ["betas=[1"], "override 'betas=[1' is not valid YAML ("),
+        ({}, ["weights={^a[.]: 1}"], "override 'weights={^a[.]: 1}' is not valid YAML ("),
         (
             {},
             ["rules.norm=1"],

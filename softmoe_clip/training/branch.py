@@ -46,6 +46,11 @@ def branch_off(
         state, progress = read_checkpoint(point, model)
     except UNREADABLE as error:
         raise ValueError(f"init: {point} cannot be read ({' '.join(str(error).split())})") from None
+    if config.samples is not None and progress.samples_seen != progress.step * config.batch_size:
+        raise ValueError(
+            f"init: {point} has seen {progress.samples_seen:,} samples in {progress.step:,} steps, which are no steps "
+            f"of batch_size={config.batch_size}: give the budget as steps, not as samples"
+        )
     if config.last_step <= progress.step:
         raise ValueError(
             f"init: {point} has {progress.step} steps behind it, which count: give more than {config.last_step} steps"

@@ -14,7 +14,7 @@ from softmoe_clip.config import OptimConfig
 from softmoe_clip.optim_config import CONTRASTIVE_DECAY
 from softmoe_clip.training.freeze import found
 from softmoe_clip.training.optimizer_state import rehearse, rehearse_shares
-from softmoe_clip.training.rates import rate_factors
+from softmoe_clip.training.rates import rate_factors, refuse_unreached
 from softmoe_clip.training.sharding import mesh_of
 
 Schedule = Callable[[int], float]
@@ -59,9 +59,11 @@ def decay_of(name: str, rules: dict[str, float]) -> float:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Return the trainable parameters in groups, one for each weight decay and factor on the learning rate.
 
-    Raises ValueError for a decay rule that finds no parameter, but for the default's, which are for all kinds of model.
+    Raises ValueError for a decay rule that finds no parameter, but for the default's, which are for all kinds of model,
+    and for one that is never reached.
     """
     found(model, [pattern for pattern in config.weight_decay if pattern not in CONTRASTIVE_DECAY], "optim.weight_decay")
+    refuse_unreached(model, config.weight_decay, "optim.weight_decay")
     factors = rate_factors(model, config)
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -15,10 +15,11 @@ AFTER_BLOCKS = re.compile(r"pool|head|proj(ection)?$")  # MAP's pooling may have
 def rate_factors(model: nn.Module, config: OptimConfig) -> dict[str, float]:
     """Return, for each trained parameter, what its learning rate is multiplied by.
 
-    Raises ValueError for an expression that finds no parameter, or a layer decay for a tower that has no row of blocks
-    or is not trained.
+    Raises ValueError for an expression that finds no parameter or is never reached, or a layer decay for a tower that
+    has no row of blocks or is not trained.
     """
     found(model, [*config.lr_scale], "optim.lr_scale")
+    refuse_unreached(model, config.lr_scale, "optim.lr_scale")
     factors = {name: factor_of(name, config.lr_scale) for name in trained_names(model)}
     for tower, decay in (("image", config.image_layer_decay), ("text", config.text_layer_decay)):
         if decay is not None:
@@ -27,6 +28,19 @@ def rate_factors(model: nn.Module, config: OptimConfig) -> dict[str, float]:
                 raise ValueError(f"optim.{tower}_layer_decay: nothing of the {tower} tower is trained; leave it out")
             factors |= {name: factors[name] * decay**level for name, level in levels.items() if name in factors}
     return factors
+
+
+def refuse_unreached(model: nn.Module, rules: dict[str, float], setting: str) -> None:
+    """Raise ValueError for a rule that never counts, since one before it, which says otherwise, finds all it finds."""
+    names = [name for name, _ in model.named_parameters()]
+    hits = {pattern: {name for name in names if re.search(pattern, name)} for pattern in rules}
+    for place, pattern in enumerate(rules):
+        for first in [*rules][:place]:
+            if hits[pattern] and hits[pattern] <= hits[first] and rules[pattern] != rules[first]:
+                raise ValueError(
+                    f"{setting}: {pattern!r} is never reached, as the first rule that is found counts and {first!r} "
+                    "stands before it: put it in front"
+                )
 
 
 def factor_of(name: str, rules: dict[str, float]) -> float:

@@ -34,7 +34,7 @@ class Here:
     """A run in a folder, which needs no mirror."""
 
     def __init__(self, config: TrainConfig):
-        self.folder = Path(config.out)
+        self.folder = Path(config.out).expanduser()
 
     def __str__(self) -> str:
         return str(self.folder)
