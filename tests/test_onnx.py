@@ -19,7 +19,7 @@ from softmoe_clip.data_pipelines.tokenizers import (
 from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.models import onnx as module
 from softmoe_clip.models.create import create_model, folder_config
-from softmoe_clip.models.onnx import UnitVectors, difference, export_onnx, write_tower
+from softmoe_clip.models.onnx import UnitVectors, difference, export_onnx, settings_of, write_tower
 from softmoe_clip.models.store import LoadedModel, save, transform_of
 from softmoe_clip.moe.soft import Routing, SoftMoE
 
@@ -97,6 +97,13 @@ def test_preprocessing_is_never_guessed(tmp_path, tokenizer, monkeypatch, name):
     with pytest.raises(ValueError, match=rf"how it sees pictures \({name}\)"):
         export_onnx("model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_colour_that_pictures_are_filled_up_with_is_told(tmp_path, tokenizer):
+    loaded = new_model(tmp_path, tokenizer)
+    assert settings_of(loaded)["image"]["fill_color"] == 0
+    loaded.model.visual.preprocess_cfg |= {"resize_mode": "longest", "fill_color": 255}
+    assert settings_of(loaded)["image"]["fill_color"] == 255
 
 
 def test_tokenizers_of_open_clips_own_models_are_written_too(tmp_path):

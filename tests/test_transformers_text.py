@@ -201,3 +201,19 @@ def test_an_encoder_of_a_kind_that_open_clip_does_not_run_is_named(tmp_path, ber
     DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(tmp_path / "distilled")
     with pytest.raises(ValueError, match=r"runs no text encoder of the kind in .*distilled .*: it knows BERT, RoBERTa"):
         create_model(ModelConfig(architecture(tmp_path / "distilled", tmp_path)), len(VOCABULARY), 10)
+
+
+def test_an_encoder_of_mt5_saved_alone_is_taken_once_its_config_says_what_is_asked_for(tmp_path, bert):
+    from transformers import MT5Config, MT5EncoderModel
+
+    shutil.copytree(bert, tmp_path / "mt5")
+    sizes = {"vocab_size": len(VOCABULARY), "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    encoder = MT5EncoderModel(MT5Config(**sizes, pad_token_id=0))
+    encoder.save_pretrained(tmp_path / "mt5")
+    model_config = ModelConfig(architecture(tmp_path / "mt5", tmp_path))
+    with pytest.raises(ValueError, match=r"mT5 and M2M-100 with is_encoder_decoder true in their config\.json"):
+        create_model(model_config, len(VOCABULARY), 10)
+    file = tmp_path / "mt5" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_encoder_decoder": True}))
+    tower = create_model(model_config, len(VOCABULARY), 10).text.transformer
+    assert all(torch.equal(weight, encoder.encoder.state_dict()[name]) for name, weight in tower.state_dict().items())

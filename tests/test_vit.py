@@ -110,6 +110,14 @@ def test_towers_start_as_in_the_reference():
     assert not any("q_norm.bias" in name or "k_norm.bias" in name for name in tower.state_dict())
 
 
+@pytest.mark.parametrize("setting", [{"qkv_bias": False}, {"proj_bias": False}, {"pre_norm": True}], ids=str)
+def test_towers_without_the_biases_that_timm_can_leave_out_start_as_others_do(setting):
+    tower = timm.create_model("softmoe_vit_demo_patch8_64", **setting)
+    weight = tower.blocks[0].attn.proj.weight
+    assert weight.std().item() == pytest.approx(weight.shape[0] ** -0.5, rel=0.05)
+    assert tower(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
 def test_timm_optimizers_leave_slots_scales_and_positions_undecayed():
     tower = timm.create_model("softmoe_vit_demo_patch8_64", num_classes=0)
     free = tower.no_weight_decay()

@@ -191,7 +191,7 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
         if from_transformers and isinstance(error, KeyError | TypeError):
             raise ValueError(
                 f"{source}: open_clip runs no text encoder of the kind in {text_cfg['hf_model_name']} ({error}): it "
-                "knows BERT, RoBERTa, XLM-RoBERTa, mT5 and M2M-100"
+                "knows BERT, RoBERTa, XLM-RoBERTa; mT5 and M2M-100 with is_encoder_decoder true in their config.json"
             ) from None
         # An assertion without words is told by its own line.
         reason = " ".join(str(error).split())[:300] or traceback.extract_tb(error.__traceback__)[-1].line

@@ -100,7 +100,9 @@ def settings_of(loaded: LoadedModel) -> dict:
     bias = getattr(loaded.model, "logit_bias", None)
     return {
         "image": {"file": "image.onnx", "input": "pixels", "output": "image_embedding"}
-        | {name: loaded.preprocess_cfg[name] for name in PREPROCESSING},
+        | {name: loaded.preprocess_cfg[name] for name in PREPROCESSING}
+        # With resize_mode longest pictures are filled up to a square; open_clip's default is black.
+        | {"fill_color": loaded.preprocess_cfg.get("fill_color", 0)},
         "text": {
             "file": "text.onnx",
             "input": "token_ids",

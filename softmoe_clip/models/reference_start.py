@@ -35,4 +35,6 @@ def init_linears_like_reference(tower: nn.Module) -> None:
             nn.init.uniform_(module.weight, -bound, bound)
         else:
             nn.init.xavier_uniform_(module.weight)
+        if module.bias is None:  # by timm's qkv_bias or proj_bias
+            continue
         nn.init.normal_(module.bias, std=1e-6) if "mlp." in name else nn.init.zeros_(module.bias)

@@ -95,7 +95,8 @@ class ReferenceViT(VisionTransformer):
         patches.weight.copy_(
             lecun_normal(patches.weight[0].numel(), patches.out_channels).T.reshape(patches.weight.shape)
         )
-        nn.init.zeros_(patches.bias)
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         # The reference's class token starts at 0; it has no registers, which start as timm's (equal ones stay equal).
