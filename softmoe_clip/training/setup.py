@@ -54,7 +54,7 @@ def set_up(config: TrainConfig, accelerator, begun: Path | None = None) -> Setup
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
-    mesh = make_mesh(config.expert_parallel, num_processes, device)
+    mesh = make_mesh(config.expert_parallel, num_processes)
     loaded = build(config, None if mesh is None else mesh.row, begun)
     check_spread(loaded.model, config.expert_parallel)
     picture = run_picture(config, loaded, shards)
