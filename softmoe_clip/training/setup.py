@@ -74,10 +74,11 @@ def make_stepper(config: TrainConfig, setup: Setup, accelerator) -> tuple[Steppe
     towers = setup.towers
     sharded = is_sharded(towers)
     if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
-        model, optimizer = UnderAutocast(towers, accelerator.autocast), accelerator.prepare(setup.optimizer)
+        model = UnderAutocast(towers, accelerator.autocast)
     else:
-        model = kept_out_of_ddp(run_towers(config, towers))
-        model, optimizer = accelerator.prepare(model, setup.optimizer)
+        model = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)))
+    # Its state is where it should be: counters that `step` reads on the CPU must not go to the GPU.
+    optimizer = accelerator.prepare_optimizer(setup.optimizer, device_placement=False)
     stepper = Stepper(
         model,
         towers,
