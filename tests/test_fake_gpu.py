@@ -6,11 +6,12 @@ from compiled import ROUTERS, towers
 from fake_gpu import DEVICE, autocast, backward, fake_gpu, host_copies, like, moved
 from torch import nn
 
-from softmoe_clip.config import ModelConfig, MoEConfig
+from softmoe_clip.config import LoraConfig, ModelConfig, MoEConfig
 from softmoe_clip.data_pipelines.loader import Batch
 from softmoe_clip.models.create import create_model
 from softmoe_clip.moe import collect_routing
 from softmoe_clip.moe.install import LAYERS, new_layer
+from softmoe_clip.training.lora import add_adapters, merged_weights
 from softmoe_clip.training.losses import LOSSES
 from softmoe_clip.training.masks import draw_by_position
 from softmoe_clip.training.step import Stepper
@@ -88,6 +89,16 @@ def test_a_step_stays_on_its_device_and_waits_for_no_copy(loss, vision, duplicat
         assert {outcome.loss.device, outcome.aux_loss.device} == {DEVICE}
         for name, parameter in model.named_parameters():
             assert not parameter.requires_grad or parameter.grad.device == DEVICE, name
+
+
+def test_weights_that_are_merged_with_adapters_leave_the_gpu():
+    model = two_towers(VISION["native"], "clip")
+    names = ("visual.transformer.resblocks.1.mlp.experts", "visual.transformer.resblocks.0.mlp.c_fc")
+    add_adapters(model, LoraConfig(targets=names), freeze=(), seed=0)
+    with fake_gpu():
+        merged = merged_weights(moved(model))
+        assert {merged[f"{names[0]}.w_in"].device.type, merged[f"{names[1]}.weight"].device.type} == {"cpu"}
+        assert merged["visual.conv1.weight"].device == DEVICE
 
 
 def two_towers(vision: dict, loss: str) -> nn.Module:
