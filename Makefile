@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow test-gpu check format clean
 
 UV := $(shell command -v uv 2>/dev/null)
 RUN := .venv/bin/python -m
@@ -56,6 +56,9 @@ test: $(READY)  ## the fast tests (some with make test ARGS="-k soft")
 
 test-slow: $(READY)  ## the slow tests: kills, several processes, builds, the README's commands
 	$(RUN) pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a GPU; all others do without one, also where there is one
+	$(RUN) pytest -m gpu $(ARGS)
 
 check: $(READY)  ## formatting, lint, import rule and all tests, as in CI
 	$(RUN) ruff format --check

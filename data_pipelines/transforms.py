@@ -97,8 +97,13 @@ def normalise(
     """Turn pixels into what the towers take, on the device the batch is on; floats are that already."""
     if images.is_floating_point():
         return images
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    mean, std = (per_plane(values, images.device) for values in (mean, std))
     return (images / 255 - mean) / std
+
+
+def per_plane(values: Sequence[float], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    """Put three numbers on a device, without waiting until all is computed there that was asked before."""
+    return torch.tensor(values).view(3, 1, 1).to(device, non_blocking=True)
 
 
 def eval_transform(

@@ -38,6 +38,12 @@ TINY_ARCHITECTURE = {
 }
 
 
+def pytest_configure(config):
+    """Hide GPUs from all tests but those for them: the others compare bits, and start more processes than GPUs."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Keep progress lines out of what tests capture."""

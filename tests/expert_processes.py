@@ -14,6 +14,8 @@ from softmoe_clip.config import MoEConfig
 from softmoe_clip.moe import expert_parallel
 from softmoe_clip.moe.expert_parallel import ExpertGroup, own_share, spread_over, spread_parameters
 from softmoe_clip.moe.install import new_layer
+from softmoe_clip.training.distributed import PATIENCE
+from softmoe_clip.training.expert_parallel import make_mesh
 
 SECONDS = 300
 # What the process that others are forked from imports, for layers alone and for runs. There is one such process for all
@@ -130,6 +132,12 @@ def layer_process(rank, num_processes, folder):
     assert {len(p) for name, p in fresh_layer("soft", group).named_parameters() if "experts" in name} == {
         4 // num_processes
     }
+    mesh, first = make_mesh(2, num_processes), rank - rank % 2
+    assert dist.get_process_group_ranks(mesh.row.processes) == [first, first + 1]
+    assert dist.get_process_group_ranks(mesh.column) == [*range(rank % 2, num_processes, 2)]
+    assert (mesh.row.rank, mesh.row.size, mesh.row_number) == (rank % 2, 2, rank // 2)
+    for processes in (mesh.row.processes, mesh.column):  # they wait as long for the main process as all do
+        assert processes._get_backend(torch.device("cpu")).options._timeout == PATIENCE
     half = torch.arange(2.0 * num_processes, dtype=torch.bfloat16).view(num_processes, 2) + 100 * rank
     received = expert_parallel.all_to_all(half, dist.group.WORLD)
     assert received[:, 0].tolist() == [2 * rank + 100 * other for other in range(num_processes)]

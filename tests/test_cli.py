@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("working_folder")
@@ -201,6 +202,35 @@ def test_processes_that_cannot_find_each_other_are_refused_in_one_line(
     assert "2 processes were launched (WORLD_SIZE) but cannot find each other" in done.stderr
     assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
     assert not list(working_folder.iterdir())
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused_in_one_line(
+    softmoe_clip, working_folder, tiny_yaml, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    done = softmoe_clip("train", tiny_yaml)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "process 1 of this machine (LOCAL_RANK, counted from 0) sees 1 GPU(s)" in done.stderr
+    assert not list(working_folder.iterdir())
+
+
+def test_too_little_memory_of_a_gpu_is_one_line_that_says_what_to_change(softmoe_clip, monkeypatch):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB "
+            "is free. Process 1 has 77.9 GiB memory in use. See documentation for Memory Management"
+        )
+
+    monkeypatch.setattr("softmoe_clip.data_pipelines.check.check", fails)
+    done = softmoe_clip("check", "shards")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Tried to allocate 2.00 GiB. GPU 0 has" in done.stderr
+    assert "chunk_size" in done.stderr
+    assert "documentation" not in done.stderr
 
 
 def test_check_fails_where_samples_are_bad(softmoe_clip, working_folder):

@@ -72,6 +72,9 @@ def test_a_chunk_holds_as_many_rows_as_are_asked_for_and_no_more_logits_than_the
     assert rows_at_once(32_768, 32_768, 100) == 32
     assert rows_at_once(1_024, 32_768, 1_000) == 32
     assert rows_at_once(2, 2**30, None) == 1
+    assert rows_at_once(4_096, 32_768, None, "cuda") == 512  # 8 parts instead of 128: each is many small kernels
+    assert rows_at_once(4_096, 4_096, None, "cuda") == 4_096
+    assert rows_at_once(32_768, 32_768, 100, "cuda") == 100
     with pytest.raises(ValueError, match="chunk_size counts rows from 1, got 0"):
         rows_at_once(4, 4, 0)
 

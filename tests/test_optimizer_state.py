@@ -6,8 +6,10 @@ from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 
 from softmoe_clip.training.checkpoint import Progress, load_newest, save_checkpoint
+from softmoe_clip.training.distributed import make_accelerator
 from softmoe_clip.training.loop import train
 from softmoe_clip.training.optimizer_state import fill_optimizer, innermost, optimizer_tensors, toy, toy_steps
+from softmoe_clip.training.setup import make_stepper, set_up
 
 IN_GROUPS = ["adan", "lamb", "lookahead_lamb"]
 
@@ -77,3 +79,13 @@ def test_a_branch_with_other_groups_counts_on(tiny_config, tmp_path, monkeypatch
     branch = train(tiny_config("out=branch", "steps=3", "optim.name=lamb", point, *settings))
     state = load_file(branch / "checkpoints/step_00000003/optimizer.safetensors")
     assert {key: int(step) for key, step in state.items() if key.startswith("group ")} == {"group all|step": 3}
+
+
+def test_an_optimizers_state_stays_where_it_was_put_when_accelerate_takes_it_over(tiny_config):
+    config = tiny_config("optim.name=nadamw")
+    accelerator = make_accelerator(config.precision)
+    setup = set_up(config, accelerator)
+    parameter = setup.towers.logit_scale
+    setup.optimizer.state[parameter]["step"] = torch.zeros((), device="meta")  # cannot be moved without an error
+    optimizer = make_stepper(config, setup, accelerator)[1]
+    assert innermost(optimizer).state[parameter]["step"].device.type == "meta"

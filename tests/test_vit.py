@@ -10,6 +10,7 @@ from timm.layers import resample_abs_pos_embed
 
 import softmoe_clip.plugin
 from softmoe_clip.models.complexity import image_complexity, num_parameters
+from softmoe_clip.models.positions import sincos2d
 from softmoe_clip.models.vit import SIZES, TOWERS
 
 
@@ -148,6 +149,15 @@ def test_a_tower_gives_what_its_blocks_give_and_takes_weights_of_another_resolut
     )
     torch.testing.assert_close(large.pos_embed, resample_abs_pos_embed(tower.pos_embed, [12, 12], num_prefix_tokens=0))
     assert torch.equal(large.blocks[3].mlp.slot_embed, tower.blocks[3].mlp.slot_embed)
+
+
+@pytest.mark.parametrize(("weights", "patches", "stream"), [("float32", "bfloat16", "float32"), *[["bfloat16"] * 3]])
+def test_fixed_positions_are_as_exact_as_the_weights_whatever_autocast_makes_of_the_patches(weights, patches, stream):
+    tower = timm.create_model("plain_vit_demo_patch8_64", num_classes=0, pos_embed="sincos2d")
+    tower.to(getattr(torch, weights))
+    tokens = tower._pos_embed(torch.zeros(1, 64, 128, dtype=getattr(torch, patches)))
+    assert tokens.dtype == getattr(torch, stream)
+    assert torch.equal(tokens[0], sincos2d(8, 8, 128, tokens.dtype))
 
 
 def test_a_tower_with_fixed_positions_takes_another_resolution_and_learns_no_positions():

@@ -85,7 +85,9 @@ class ReferenceViT(VisionTransformer):
         """Add the fixed positions of the patches where the tower has them; learnt ones are timm's business."""
         if self.fixed_positions:
             grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
-            x = x + sincos2d(*grid, self.embed_dim, x.dtype).to(x.device).view(x.shape[1:])
+            # In the weights' precision, as learnt ones are: autocast has made half precision of the patches.
+            dtype = self.patch_embed.proj.weight.dtype
+            x = x + sincos2d(*grid, self.embed_dim, dtype, x.device).view(x.shape[1:])
         return super()._pos_embed(x)
 
     @torch.no_grad()

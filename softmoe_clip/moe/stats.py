@@ -46,7 +46,7 @@ class CollectedRouting:
             for label, reports in self.reports.items()
             for name in reports[0]
         ]
-        numbers = over(torch.cat([mean.flatten() for _, _, mean in means]))
+        numbers = over(torch.cat([mean.flatten() for _, _, mean in means])).cpu()  # all of them in one go
         found: dict[str, dict[str, float]] = {label: {} for label in self.reports}
         for (label, name, _), part in zip(means, numbers.split([mean.numel() for *_, mean in means]), strict=True):
             if name == "usage":

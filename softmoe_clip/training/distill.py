@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.loader import Batch
 from softmoe_clip.data_pipelines.tokenizers import cut_for_clip, in_list
+from softmoe_clip.data_pipelines.transforms import per_plane
 from softmoe_clip.models.store import LoadedModel, load
 from softmoe_clip.training.distributed import gather_with_grad
 
@@ -54,19 +55,19 @@ class Teacher:
     def embed(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return the unit vectors of some pairs, in float32."""
         model = self.loaded.model
-        image = model.encode_image(self.pixels(images.to(self.device)), normalize=True)
-        text = model.encode_text(self.token_ids(captions).to(self.device), normalize=True)
+        image = model.encode_image(self.pixels(images.to(self.device, non_blocking=True)), normalize=True)
+        text = model.encode_text(self.token_ids(captions).to(self.device, non_blocking=True), normalize=True)
         return image.float(), text.float()
 
     def pixels(self, images: Tensor) -> Float[Tensor, "b 3 y x"]:
         """Resize and normalise the student's pictures for the teacher."""
         own, size = self.loaded.preprocess_cfg, self.loaded.picture_size
         if images.is_floating_point():
-            mean, std = (torch.tensor(self.student_cfg[name], device=images.device) for name in ("mean", "std"))
-            images = (images * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
+            mean, std = (per_plane(self.student_cfg[name], images.device) for name in ("mean", "std"))
+            images = (images * std + mean) * 255
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
-        mean, std = (torch.tensor(own[name], device=images.device).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (per_plane(own[name], images.device) for name in ("mean", "std"))
         return (images / 255 - mean) / std  # as `normalise` does for bytes
 
     def token_ids(self, captions: list[str]) -> Tensor:

@@ -34,6 +34,7 @@ def make_accelerator(precision: str):
             f"{launched} processes were launched (WORLD_SIZE) but cannot find each other without {', '.join(lacking)}. "
             f"Use: {HOW_TO_LAUNCH}"
         )
+    check_gpus(launched, torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)))
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision=fp16 needs a GPU: take bf16 or float32")
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
@@ -49,6 +50,16 @@ def make_accelerator(precision: str):
             f"On CPU use: {HOW_TO_LAUNCH}"
         )
     return accelerator
+
+
+def check_gpus(num_processes: int, num_gpus: int, local_rank: int) -> None:
+    """Refuse a process that does not see the GPU of its own number on this machine, where it sees any."""
+    if num_processes > 1 and 0 < num_gpus <= local_rank:
+        raise ValueError(
+            f"process {local_rank} of this machine (LOCAL_RANK, counted from 0) sees {num_gpus} GPU(s): start no more "
+            "processes than there are GPUs, and let each of them see all of its machine's (SLURM: --gpus-per-node, not "
+            "--gpus-per-task)"
+        )
 
 
 _alone = False

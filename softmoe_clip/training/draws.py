@@ -26,7 +26,7 @@ def drawing(seed: int, positions: Sequence[int], device: torch.device) -> Iterat
     own threads see as well.
     """
     global _rows
-    before, _rows = _rows, row_keys(seed, positions).to(device)
+    before, _rows = _rows, row_keys(seed, positions).to(device, non_blocking=True)
     try:
         yield
     finally:

@@ -42,4 +42,5 @@ def duplicates_of(
     """Return what the loss needs to know of this process's part of a batch; nothing where duplicates are negatives."""
     if count_as == "negatives":
         return None
-    return Duplicates(count_as, batch.caption_ids.to(device), batch.picture_ids.to(device))
+    ids = (ids.to(device, non_blocking=True) for ids in (batch.caption_ids, batch.picture_ids))
+    return Duplicates(count_as, *ids)

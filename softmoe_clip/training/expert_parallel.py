@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softmoe_clip.moe.expert_parallel import ExpertGroup, check_number, spread_parameters
 from softmoe_clip.moe.experts import Experts
+from softmoe_clip.training.distributed import PATIENCE
 
 SENT_AT_ONCE = 2**28  # bytes of one process's part of a tensor, on its way into a checkpoint
 
@@ -30,7 +31,7 @@ class Mesh(NamedTuple):
         return self.row_number == 0
 
 
-def make_mesh(expert_parallel: int, num_processes: int, device: torch.device) -> Mesh | None:
+def make_mesh(expert_parallel: int, num_processes: int) -> Mesh | None:
     """Put the processes into rows of `expert_parallel` neighbours; None where each has all experts."""
     if num_processes % expert_parallel:
         raise ValueError(
@@ -38,10 +39,12 @@ def make_mesh(expert_parallel: int, num_processes: int, device: torch.device) ->
         )
     if expert_parallel == 1:
         return None
-    shape = num_processes // expert_parallel, expert_parallel
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("data", "experts"))
-    row = ExpertGroup(mesh.get_group("experts"), mesh.get_local_rank("experts"), expert_parallel)
-    return Mesh(row, mesh.get_group("data"), mesh.get_local_rank("data"))
+    everyone = range(num_processes)
+    rows = [[*everyone[first : first + expert_parallel]] for first in everyone[::expert_parallel]]
+    columns = [[*everyone[first::expert_parallel]] for first in range(expert_parallel)]
+    # Without it, or in a device mesh, these groups would have NCCL's patience while the main process writes a model.
+    row, column = (dist.new_subgroups_by_enumeration(ranks, timeout=PATIENCE)[0] for ranks in (rows, columns))
+    return Mesh(ExpertGroup(row, dist.get_rank(row), expert_parallel), column, dist.get_rank() // expert_parallel)
 
 
 def check_spread(model: nn.Module, expert_parallel: int) -> None:

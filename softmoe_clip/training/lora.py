@@ -107,7 +107,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         if hasattr(layer, "lora_A"):
             weight = plain(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")
             with torch.no_grad():
-                state[weight] = state[weight] + layer.get_delta_weight(ADAPTER)
+                # Off the GPU, which might not hold what is adapted a second time.
+                state[weight] = (state[weight] + layer.get_delta_weight(ADAPTER)).cpu()
     return state
 
 

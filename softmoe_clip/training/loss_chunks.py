@@ -15,7 +15,8 @@ RowLoss = Callable[[Rows, Columns, Scalar, Scalar | None, int], Scalar]
 
 # More logits than this never exist at a time: 64 MiB in float32, of which a loss holds about four copies.
 MAX_LOGITS = 2**24
-# Chunks are smaller: those that stay in a processor's cache take half the time of the whole, and 20 MiB in all.
+# On a CPU chunks are smaller: those that stay in its cache take half the time of the whole, and 20 MiB in all. A GPU
+# would wait for the CPU to ask for each of them.
 CHUNK_LOGITS = 2**20
 
 
@@ -31,7 +32,7 @@ def over_rows(
 
     Memory grows with chunk * columns, forward and backward. What fits at once is computed in the plain way.
     """
-    size = rows_at_once(len(rows), len(columns), chunk_size)
+    size = rows_at_once(len(rows), len(columns), chunk_size, rows.device.type)
     inputs = rows, columns, logit_scale, logit_bias
     if size >= len(rows):
         return row_loss(*inputs, 0)
@@ -41,13 +42,13 @@ def over_rows(
     return sum(row_loss(part, *inputs[1:], first) * (len(part) / len(rows)) for part, first in parts)
 
 
-def rows_at_once(num_rows: int, num_columns: int, chunk_size: int | None) -> int:
+def rows_at_once(num_rows: int, num_columns: int, chunk_size: int | None, device: str = "cpu") -> int:
     """Return how many rows of logits are computed together."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size counts rows from 1, got {chunk_size}")
     size = min(num_rows, chunk_size or num_rows)
     fits = chunk_size is None and size * num_columns <= MAX_LOGITS
-    return size if fits else max(1, min(size, CHUNK_LOGITS // num_columns))
+    return size if fits else max(1, min(size, (CHUNK_LOGITS if device == "cpu" else MAX_LOGITS) // num_columns))
 
 
 class _InChunks(torch.autograd.Function):

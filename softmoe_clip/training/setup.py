@@ -54,7 +54,7 @@ def set_up(config: TrainConfig, accelerator, begun: Path | None = None) -> Setup
     image_moe = config.model.image_moe
     check_batch_size(config.batch_size, num_processes, image_moe.group_size if image_moe else 1)
     learning_rate = schedule(config.optim, config.last_step)
-    mesh = make_mesh(config.expert_parallel, num_processes, device)
+    mesh = make_mesh(config.expert_parallel, num_processes)
     loaded = build(config, None if mesh is None else mesh.row, begun)
     check_spread(loaded.model, config.expert_parallel)
     picture = run_picture(config, loaded, shards)
@@ -74,10 +74,11 @@ def make_stepper(config: TrainConfig, setup: Setup, accelerator) -> tuple[Steppe
     towers = setup.towers
     sharded = is_sharded(towers)
     if sharded:  # Accelerate, which would spread what it prepares itself, does not see the model
-        model, optimizer = UnderAutocast(towers, accelerator.autocast), accelerator.prepare(setup.optimizer)
+        model = UnderAutocast(towers, accelerator.autocast)
     else:
-        model = kept_out_of_ddp(run_towers(config, towers))
-        model, optimizer = accelerator.prepare(model, setup.optimizer)
+        model = accelerator.prepare(kept_out_of_ddp(run_towers(config, towers)))
+    # Its state is where it should be: counters that `step` reads on the CPU must not go to the GPU.
+    optimizer = accelerator.prepare_optimizer(setup.optimizer, device_placement=False)
     stepper = Stepper(
         model,
         towers,

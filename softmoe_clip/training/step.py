@@ -67,7 +67,7 @@ class Stepper:
             with collect_routing(statistics=statistics) as routing:
                 embedded = self.embed(batch, rows)
             loss = self.loss(batch, embedded)
-            aux_loss = routing.aux_loss().to(loss)
+            aux_loss = routing.aux_loss().to(loss, non_blocking=True)
             self.backward(loss + aux_loss)
         return Outcome(loss.detach(), aux_loss.detach(), routing)
 
@@ -84,7 +84,7 @@ class Stepper:
         for rows in chunks:
             with self.no_sync() if rows is not chunks[-1] else nullcontext(), self.drawing(batch, rows):
                 self.backward(self.surrogate(batch, rows, gradients, is_last=rows is chunks[-1]))
-        return Outcome(loss, routing.aux_loss().to(loss), routing)
+        return Outcome(loss, routing.aux_loss().to(loss, non_blocking=True), routing)
 
     def chunks(self, batch: Batch) -> list[slice]:
         """Cut the rows of a batch."""
@@ -121,7 +121,8 @@ class Stepper:
         """
         with collect_routing(statistics=False) as routing:
             embedded = self.embed(batch, rows, self.trained_towers())
-        total = routing.aux_loss().to(self.device) * ((rows.stop - rows.start) / len(batch.positions))
+        total = routing.aux_loss().to(self.device, non_blocking=True)
+        total = total * ((rows.stop - rows.start) / len(batch.positions))
         for features, gradient in ((embedded.image, gradients.image), (embedded.text, gradients.text)):
             if features is not None and gradient is not None:
                 total = total + (features * gradient[rows]).sum()
