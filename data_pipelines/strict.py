@@ -76,6 +76,8 @@ def apply_overrides(tree: dict, overrides: Sequence[str]) -> Any:
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"override {override!r} cannot be applied: {first_line(error)}") from None
+        if " #" in override and "#" not in str(value):
+            raise ValueError(f"override {override!r}: YAML drops what stands after ' #', put the value in quotes")
     return tree
 
 
