@@ -1,6 +1,7 @@
 """Everything once: pictures to shards, a trained model, its numbers, an index to search, and a report to look at."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,8 @@ def demo(data: str | None, out: str | Path) -> Path:
             print_hits(search(out / "embeddings", query, k=3, loaded=encoder))
     with stage("6/6  report"):
         report = write_report(out / "run", encoder, str(held_out), results, out / "report.html")
-    print(
-        f"\nreport  {report}\nmodel   {out / 'run' / 'model'}\nsearch  softmoe-clip search {out / 'embeddings'} WORDS"
-    )
+    ask = f"softmoe-clip search {shlex.quote(str(out / 'embeddings'))} WORDS"
+    print(f"\nreport  {report}\nmodel   {out / 'run' / 'model'}\nsearch  {ask}")
     return report
 
 
