@@ -165,3 +165,17 @@ def test_a_folder_with_a_table_of_another_name_says_to_give_the_table(tmp_path, 
     with pytest.raises(ValueError, match=rf"none of the 1 pictures .*: put X\.txt.* or give the table .*/{name}\?\)$"):
         read_source(tmp_path)
     assert captions(read_source(tmp_path / name).items) == {"a.jpg": ("a dog",)}
+
+
+def test_linked_folders_are_read_once_and_circles_are_not_followed(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "source"
+    for place in (folder / "own/a", elsewhere / "deep/b"):
+        picture(place.with_suffix(".jpg"))
+        place.with_suffix(".txt").write_text(f"picture {place.name}")
+    links = {"linked": elsewhere, "twice": elsewhere, "up": tmp_path, "same": folder / "own", "own/circle": folder}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "deep/back").symlink_to(elsewhere)
+    (elsewhere / "deep/again").symlink_to(elsewhere / "deep")
+    items = read_source(folder).items
+    assert captions(items) == {"linked/deep/b.jpg": ("picture b",), "own/a.jpg": ("picture a",)}
