@@ -93,6 +93,8 @@ def apply_overrides(tree: dict, overrides: Sequence[str]) -> Any:
             ) from None
         except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"override {override!r} cannot be applied: {first_line(error)}") from None
+        if " #" in override and "#" not in str(value):
+            raise ValueError(f"override {override!r}: YAML drops what stands after ' #', put the value in quotes")
     return tree
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from softmoe_clip.data_pipelines.new_folder import refuse_file
 from softmoe_clip.data_pipelines.samples import readable
 
+SIZES = ("num_pictures", "num_captions", "num_classes")
+
 
 @dataclass(frozen=True)
 class Results:
@@ -131,13 +133,42 @@ def comparison(results: Sequence[Results], names: Sequence[str]):
 
 
 def print_results(results: Results) -> None:
-    """Print the table of one evaluation."""
+    """Print the table of one evaluation, and what it could not read."""
     _print(table(results))
+    for task, about in tasks_of(results).items():
+        if skipped := about.get("skipped"):
+            bad, num_pictures = skipped[0], about["num_pictures"] + len(skipped)
+            first = f"{bad['key']} in {bad['shard']}: {bad['reason']}"
+            first = "".join(
+                letter if letter.isprintable() else "?" for letter in first
+            )  # it may not steer the terminal
+            print(f"{task}: {len(skipped):,} of {num_pictures:,} pictures could not be read (first: {first})")
 
 
 def print_comparison(results: Sequence[Results], names: Sequence[str]) -> None:
-    """Print several evaluations side by side."""
+    """Print several evaluations side by side, and where they did not measure the same."""
     _print(comparison(results, names))
+    for line in other_sizes(results, names):
+        print(line)
+
+
+def other_sizes(results: Sequence[Results], names: Sequence[str]) -> list[str]:
+    """Name the tasks whose sets differ in size: one name, but not one measurement."""
+    lines = []
+    for task in dict.fromkeys(task for result in results for task in tasks_of(result)):
+        about = [tasks_of(result).get(task, {}) for result in results]
+        for size in SIZES:
+            found = {name: each[size] for name, each in zip(names, about, strict=True) if size in each}
+            if len(set(found.values())) > 1:
+                counts = ", ".join(f"{count} in {name}" for name, count in found.items())
+                lines.append(f"{task} was not measured on the same: {size} is {counts}")
+    return lines
+
+
+def tasks_of(results: Results) -> dict[str, dict]:
+    """Return what is known of each task; of a file that `eval` did not write, perhaps nothing."""
+    tasks = results.meta.get("tasks")
+    return {name: about for name, about in tasks.items() if isinstance(about, dict)} if isinstance(tasks, dict) else {}
 
 
 def _print(rows) -> None:

@@ -1,6 +1,7 @@
 """Everything once: pictures to shards, a trained model, its numbers, an index to search, and a report to look at."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,8 @@ def demo(data: str | None, out: str | Path) -> Path:
             print_hits(search(out / "embeddings", query, k=3, loaded=encoder))
     with stage("6/6  report"):
         report = write_report(out / "run", encoder, str(held_out), results, out / "report.html")
-    print(
-        f"\nreport  {report}\nmodel   {out / 'run' / 'model'}\nsearch  softmoe-clip search {out / 'embeddings'} WORDS"
-    )
+    ask = f"softmoe-clip search {shlex.quote(str(out / 'embeddings'))} WORDS"
+    print(f"\nreport  {report}\nmodel   {out / 'run' / 'model'}\nsearch  {ask}")
     return report
 
 
@@ -126,10 +126,10 @@ def demo_config(data: str | None, out: Path) -> TrainConfig:
     """Read configs/demo.yaml for the shards of this demo."""
     num_pairs = len(ShardSet.open(str(out / "shards/train")))
     settings = [
-        f"out={out / 'run'}",
-        f"data.train={out / 'shards/train'}",
-        f"data.val={held_out_shards(out)}",
-        f"tokenizer={out / 'tokenizer.model'}",
+        place("out", out / "run"),
+        place("data.train", out / "shards/train"),
+        place("data.val", held_out_shards(out)),
+        place("tokenizer", out / "tokenizer.model"),
         *([] if data is None else PHOTO_SETTINGS),
     ]
     config = load_strict(TrainConfig, find_config("configs/demo.yaml"), settings)
@@ -138,6 +138,11 @@ def demo_config(data: str | None, out: Path) -> TrainConfig:
     steps = min(config.steps, -(-MOST_PASSES * num_pairs // batch_size))
     fitting = [f"batch_size={batch_size}", f"steps={steps}", f"optim.warmup={min(config.optim.warmup, steps // 5)}"]
     return load_strict(TrainConfig, find_config("configs/demo.yaml"), [*settings, *fitting])
+
+
+def place(key: str, path: Path) -> str:
+    """Write an override in quotes: a folder's name may hold what means something in YAML."""
+    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
 
 
 def held_out_shards(out: Path) -> Path:
@@ -151,7 +156,7 @@ def held_out_shards(out: Path) -> Path:
 def demo_suite(data: str | None, out: Path) -> SuiteConfig:
     """Return what is measured: five kinds of numbers on scenes, retrieval on one's own pictures."""
     if data is None:
-        return load_suite(find_config("configs/suites/scenes.yaml"), [f"root={out / 'shards'}"])
+        return load_suite(find_config("configs/suites/scenes.yaml"), [place("root", out / "shards")])
     name = (Path(data).parent if Path(data).is_file() else Path(data)).resolve().name
     return SuiteConfig((TaskConfig("retrieval", name, str(held_out_shards(out))),))
 

@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,7 +14,7 @@ from softmoe_clip.data_pipelines.scenes_held_out import long_samples, val_sample
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.data_pipelines.tokenizers import load_tokenizer
 from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
-from softmoe_clip.demo import MOST_PASSES, claim, demo_config, held_out_shards, make_shards
+from softmoe_clip.demo import MOST_PASSES, claim, demo_config, demo_suite, held_out_shards, make_shards
 
 
 def write_pictures(folder, count):
@@ -191,3 +192,12 @@ def test_the_demo_cuts_no_caption_of_a_scene(twenty_scenes):
 
 def test_ones_own_captions_are_as_long_as_the_architecture_says(twenty_scenes):
     assert demo_config("pictures", twenty_scenes).model.context_length is None
+
+
+@pytest.mark.parametrize("name", ["set #2: mine", "[a], {b}", "'it\"s' é 🐱"])
+def test_the_demo_works_in_a_folder_of_any_name(twenty_scenes, tmp_path, name):
+    out = tmp_path / name
+    shutil.copytree(twenty_scenes, out)
+    config = demo_config(None, out)
+    assert (config.out, config.data.val) == (str(out / "run"), str(out / "shards/val"))
+    assert demo_suite(None, out).root == str(out / "shards")

@@ -11,6 +11,7 @@ from softmoe_clip.eval.results import (
     comparison,
     distinct_names,
     load_results,
+    print_comparison,
     print_results,
     table,
     times_chance,
@@ -114,6 +115,25 @@ def test_printing_into_a_pipe_cuts_no_name(capsys):
     long = "zero_shot/" + "x" * 90 + "/top1"
     print_results(Results({long: 0.5}, {long: 0.1}))
     assert long in capsys.readouterr().out
+
+
+def measured(num_pictures, *skipped):
+    task = {"num_pictures": num_pictures, "num_classes": 3, "skipped": list(skipped), "data": "x"}
+    return Results({"zero_shot/x/top1": 0.5}, {}, {"tasks": {"zero_shot/x": task}})
+
+
+def test_pictures_that_could_not_be_read_are_told_of(capsys):
+    print_results(measured(3, {"key": "k\x1b", "shard": "0.tar", "reason": "no picture"}))
+    told = "zero_shot/x: 1 of 4 pictures could not be read (first: k? in 0.tar: no picture)"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+
+
+def test_a_comparison_says_what_was_not_measured_on_the_same(capsys):
+    print_comparison([measured(3), measured(3), RESULTS], ["a", "b", "c"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("└")
+    print_comparison([measured(3), RESULTS, measured(4)], ["a", "b", "c"])
+    told = "zero_shot/x was not measured on the same: num_pictures is 3 in a, 4 in c"
+    assert capsys.readouterr().out.splitlines()[-1] == told
 
 
 def test_the_file_is_plain_json(tmp_path):

@@ -76,11 +76,13 @@ def test_a_stray_text_does_not_hide_class_folders(tmp_path, split, stray):
     assert {captions for _, _, captions in found.values()} == {("a photo of a fox",), ("a photo of a owl",)}
 
 
-@pytest.mark.parametrize("text", ["texts/a.txt", "images/a.jpg.txt"])
-def test_captions_beside_pictures_or_in_a_folder_of_their_own_make_no_classes(tmp_path, text):
+def test_captions_beside_pictures_or_in_a_folder_of_their_own_make_no_classes(tmp_path):
     picture(tmp_path / "images" / "a.jpg")
-    (tmp_path / text).parent.mkdir(exist_ok=True)
-    (tmp_path / text).write_text("one")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match=r"none of the 1 pictures in .* has a caption: put X\.txt"):
+        read_source(tmp_path)
+    (tmp_path / "images" / "a.jpg.txt").write_text("one")
     assert read_source(tmp_path).classnames == ()
 
 

@@ -126,6 +126,7 @@ def test_captions_that_are_missing_or_no_text_are_none(tmp_path):
         ("t.tsv", 'image\tcaption\na.jpg\t"a dog\nb.jpg\ta cat\n', r"t\.tsv: line 3 is not valid CSV"),
         ("t.csv", "image,note\na.jpg,x\n", r"none of the 1 pictures in .*t\.csv has a caption"),
         ("t.csv", "image,caption\nx.jpg,a\ny.jpg,b\n", r"none of their 2 pictures is there \(first: .*x\.jpg\)"),
+        ("t.csv", "URL,TEXT\nhttps://h/a.jpg,a dog\n", r"by URL \(first: https://h/a\.jpg\): download them first"),
         ("t.jsonl", '{"image": "a.jpg"\n', r"t\.jsonl: line 1 is not valid JSON"),
         ("t.jsonl", '["a.jpg"]\n', r"t\.jsonl: line 1 should be"),
         ("t.jsonl", '{"caption": "x"}\n', r"t\.jsonl: entry 1 names no picture; it has caption"),
@@ -155,3 +156,26 @@ def test_missing_empty_and_one_sided_folders_are_named(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="texts has captions but none of their 1 pictures is there"):
         read_source(tmp_path / "texts")
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "results.csv", "train.tsv"])
+def test_a_folder_with_a_table_of_another_name_says_to_give_the_table(tmp_path, name):
+    picture(tmp_path / "Images" / "a.jpg")
+    (tmp_path / name).write_text("image\tcaption\na.jpg\ta dog\n")
+    with pytest.raises(ValueError, match=rf"none of the 1 pictures .*: put X\.txt.* or give the table .*/{name}\?\)$"):
+        read_source(tmp_path)
+    assert captions(read_source(tmp_path / name).items) == {"a.jpg": ("a dog",)}
+
+
+def test_linked_folders_are_read_once_and_circles_are_not_followed(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "source"
+    for place in (folder / "own/a", elsewhere / "deep/b"):
+        picture(place.with_suffix(".jpg"))
+        place.with_suffix(".txt").write_text(f"picture {place.name}")
+    links = {"linked": elsewhere, "twice": elsewhere, "up": tmp_path, "same": folder / "own", "own/circle": folder}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "deep/back").symlink_to(elsewhere)
+    (elsewhere / "deep/again").symlink_to(elsewhere / "deep")
+    items = read_source(folder).items
+    assert captions(items) == {"linked/deep/b.jpg": ("picture b",), "own/a.jpg": ("picture a",)}

@@ -175,6 +175,7 @@ def test_environment_variables_and_other_keys_can_be_used(monkeypatch):
             ["rules.norm=1"],
             "rules in the overrides would lose the keys of its default (bias, .*): give all that it",
         ),
+        ({}, ["out=set #2"], "override 'out=set #2': YAML drops what stands after ' #', put the value in quotes"),
         ({}, ["out.deeper=1"], "out in the overrides must be a string, got {'deeper': 1} (dict)"),
     ],
 )
@@ -183,6 +184,10 @@ def test_a_mistake_is_one_sentence_that_names_the_key(given, overrides, message)
         load(given, *overrides)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hash_in_quotes_or_in_a_word_is_a_letter_like_any_other():
+    assert [load(None, override).out for override in ("out='set #2'", "out=set#2")] == ["set #2", "set#2"]
 
 
 def test_a_required_key_is_asked_for():

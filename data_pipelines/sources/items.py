@@ -74,13 +74,28 @@ def with_roles(items: list[SourceItem]) -> list[SourceItem]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file in a fixed order, without hidden ones. Raises ValueError for a folder that can't be read."""
+    """Yield every file in a fixed order, without hidden ones. Raises ValueError for a folder that can't be read.
+
+    A linked folder is read like any other, unless it is met elsewhere already, or leads round in circles.
+    """
+    top = Path(folder).resolve()
+    seen = {top}
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename} can't be read ({error.strerror}): check its permissions") from error
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    def is_new(path: Path) -> bool:
+        if not path.is_symlink():
+            return True
+        real = path.resolve()
+        if seen.intersection((real, *real.parents)) or real in top.parents:
+            return False
+        seen.add(real)
+        return True
+
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in folders if is_new(Path(root, name))]
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 

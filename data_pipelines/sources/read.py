@@ -5,7 +5,7 @@ from pathlib import Path
 
 from softmoe_clip.data_pipelines.sources.class_folders import read_class_folders, split_folders
 from softmoe_clip.data_pipelines.sources.items import NO_PICTURE, Prompts, Source, plain_prompt
-from softmoe_clip.data_pipelines.sources.tables import Columns, read_table
+from softmoe_clip.data_pipelines.sources.tables import KINDS, Columns, read_table
 from softmoe_clip.data_pipelines.sources.text_folders import read_text_folder
 from softmoe_clip.data_pipelines.sources.torchvision_sets import PREFIX, read_torchvision
 
@@ -51,7 +51,14 @@ def read_source(
         return _checked(_shards(str(path), prompts), path, "add a .txt to their samples", prompts)
     if (splits := split_folders(path)) is not None:
         return _checked(read_class_folders(splits, prompts or plain_prompt), path, "", prompts)
-    return _checked(Source(read_text_folder(path)), path, "put X.txt, one caption per line, beside X.jpg", prompts)
+    return _checked(Source(read_text_folder(path)), path, _advice_on_texts(path), prompts)
+
+
+def _advice_on_texts(folder: Path) -> str:
+    """Say how captions are given to pictures in a folder; a table of a name that is not looked for may be meant."""
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS and path.is_file())
+    instead = f", or give the table of captions instead of the folder ({tables[0]}?)" if tables else ""
+    return f"put X.txt, one caption per line, beside X.jpg{instead}"
 
 
 def tables_of(path: Path) -> list[Path]:
@@ -93,11 +100,17 @@ def _checked(
         raise ValueError(f"{named} is empty: it should hold pictures with captions")
     if prompts is not None and not found.classnames:
         raise ValueError(f"{source} has captions of its own, not classes: leave out --templates")
-    if not any(item.captions or item.problem for item in items):
-        raise ValueError(f"none of the {len(items)} pictures in {source} has a caption: {advice}")
     if all(item.problem == NO_PICTURE for item in items):
+        if all("://" in item.name for item in items):
+            raise ValueError(
+                f"{source} names its pictures by URL (first: {items[0].name}): download them first, for example with "
+                "img2dataset, and pack what it writes"
+            )
         raise ValueError(
             f"{source} has captions but none of their {len(items)} pictures is there (first: {items[0].path}): "
             "put the pictures beside their captions, or name their folder with --root"
         )
+    if not any(item.captions or item.problem not in (None, NO_PICTURE) for item in items):
+        num_pictures = sum(item.problem is None for item in items)
+        raise ValueError(f"none of the {num_pictures} pictures in {source} has a caption: {advice}")
     return found

@@ -71,7 +71,10 @@ def embed(
     from softmoe_clip.search.embed import embed
 
     encoder = load_encoder(model, device, precision, batch_size)
-    embed(encoder, shards, out, model_name=model, dtype=dtype, features=features)
+    report = embed(encoder, shards, out, model_name=model, dtype=dtype, features=features)
+    print(f"{report.num_rows:8,} pictures  {report.out}")
+    if report.skipped:
+        print(f"{len(report.skipped):8,} skipped   listed in meta.json")
 
 
 def index(
