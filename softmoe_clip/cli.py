@@ -1,6 +1,7 @@
 """The command line: its verbs, and one line on stderr with exit status 2 for a mistake."""
 
 import sys
+from io import TextIOWrapper
 
 import typer
 
@@ -43,7 +44,8 @@ def main() -> None:
     from typer.exceptions import TyperException
 
     # Names and captions hold letters that not every terminal's encoding has: work that is done must not end in that.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, TextIOWrapper):  # a program's own redirection takes every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
