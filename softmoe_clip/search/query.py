@@ -166,7 +166,8 @@ def hits_json(hits: Sequence[Hit], ensure_ascii: bool = False) -> str:
 def print_hits(hits: Sequence[Hit], as_json: bool = False) -> None:
     """Print one line per hit (score, shard:key, caption), or JSON."""
     if as_json:
-        print(hits_json(hits, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")))
+        encoding = sys.stdout.encoding or "utf-8"  # a text in memory has none
+        print(hits_json(hits, ensure_ascii=encoding.lower() != "utf-8"))
         return
     places = [f"{hit.shard}:{hit.key}" if hit.shard else hit.key for hit in hits]
     width = max(map(len, places), default=0)
