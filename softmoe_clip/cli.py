@@ -8,6 +8,9 @@ import typer
 from softmoe_clip.verbs import data, models, search, training
 
 EXIT_MISTAKE = 2
+MORE_MEMORY = (
+    "Run fewer pairs at a time (train: set chunk_size, or grad_checkpointing=true; other verbs: a smaller --batch-size)"
+)
 # In the order of the help page.
 VERBS = (
     training.demo,
@@ -44,7 +47,7 @@ def main() -> None:
     from typer.exceptions import TyperException
 
     # Names and captions hold letters that not every terminal's encoding has: work that is done must not end in that.
-    if isinstance(sys.stdout, TextIOWrapper):  # a program's own redirection takes every letter
+    if isinstance(sys.stdout, TextIOWrapper):  # a notebook's has no encoding of its own
         sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
@@ -54,6 +57,10 @@ def main() -> None:
         status = 130
     except (TyperException, ValueError, OSError) as error:
         status = fail(error.format_message() if isinstance(error, TyperException) else str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which `--help` does not wait for
+            raise
+        status = fail(f"{'. '.join(str(error).split('. ')[:3])}. {MORE_MEMORY}")
     sys.exit(status)
 
 
