@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from softmoe_clip.data_pipelines.samples import printable
 from softmoe_clip.data_pipelines.shard_files import write_lines, write_synced
 
 # Every kind, in the order of the table, with what it means.
@@ -106,6 +107,5 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def _shown(found: Finding) -> str:
     place = f"{found['key']} in {found['shard']}" if found["key"] and found["shard"] else found["shard"]
-    text = f"{place}: {found['reason']}" if place else found["reason"]
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # no name may steer the terminal
+    text = printable(f"{place}: {found['reason']}" if place else found["reason"])
     return text if len(text) <= 160 else text[:157] + "..."

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from softmoe_clip.data_pipelines.tar_index import RawSample, ShardSet
 from softmoe_clip.data_pipelines.tar_walk import CAPTION_EXTENSIONS, PICTURE_EXTENSIONS
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Pair(NamedTuple):
@@ -125,6 +128,11 @@ def without_empty(captions: list) -> tuple[str, ...]:
 def readable(text: str) -> str:
     """Put a ? for each half of a surrogate pair, which JSON and file names may hold, and UTF-8 may not."""
     return text.encode("utf-8", "replace").decode()
+
+
+def printable(text: str) -> str:
+    """Put a ? for each control character: keys and captions come from anywhere, and may not steer a terminal."""
+    return CONTROLS.sub("?", text)
 
 
 def label_of(members: dict[str, bytes]) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from softmoe_clip.data_pipelines.new_folder import refuse_file
-from softmoe_clip.data_pipelines.samples import readable
+from softmoe_clip.data_pipelines.samples import printable, readable
 
 SIZES = ("num_pictures", "num_captions", "num_classes")
 
@@ -138,10 +138,7 @@ def print_results(results: Results) -> None:
     for task, about in tasks_of(results).items():
         if skipped := about.get("skipped"):
             bad, num_pictures = skipped[0], about["num_pictures"] + len(skipped)
-            first = f"{bad['key']} in {bad['shard']}: {bad['reason']}"
-            first = "".join(
-                letter if letter.isprintable() else "?" for letter in first
-            )  # it may not steer the terminal
+            first = printable(f"{bad['key']} in {bad['shard']}: {bad['reason']}")
             print(f"{task}: {len(skipped):,} of {num_pictures:,} pictures could not be read (first: {first})")
 
 

@@ -1,7 +1,6 @@
 """Ask an index: a sentence or a picture in, the nearest pictures or captions out."""
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.samples import printable
 from softmoe_clip.data_pipelines.tar_index import ShardSet
 from softmoe_clip.search.index import check_columns, read_meta
-
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Hit(NamedTuple):
@@ -172,5 +170,4 @@ def print_hits(hits: Sequence[Hit], as_json: bool = False) -> None:
     places = [f"{hit.shard}:{hit.key}" if hit.shard else hit.key for hit in hits]
     width = max(map(len, places), default=0)
     for hit, place in zip(hits, places, strict=True):
-        line = f"{hit.score:6.3f}  {place:{width}}  {' '.join(hit.caption.split())}"
-        print(CONTROLS.sub("?", line))  # a caption comes from anywhere, and may not steer the terminal
+        print(printable(f"{hit.score:6.3f}  {place:{width}}  {' '.join(hit.caption.split())}"))
