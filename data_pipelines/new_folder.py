@@ -60,7 +60,10 @@ def refuse_file(folder: Path, advice: str = "choose a folder to write into") -> 
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, also when the machine fails: it is on the disk before it takes its name."""
+    """Write a file whole or not at all, also when the machine fails: it is on the disk before it takes its name.
+
+    Half surrogates in a text, as in keys that are no UTF-8, become question marks.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     try:

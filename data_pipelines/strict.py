@@ -1,12 +1,12 @@
 """Configs that forgive nothing: YAML and `a.b=value` overrides into frozen dataclasses, each mistake one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -36,7 +36,7 @@ def load_strict(dataclass_type: type[Config], path_or_dict: str | Path | dict, o
         whole = holds(before, key) or any(f"{key}.".startswith(f"{name}.") for name in given)
         return not whole and any(name.startswith(f"{key}.") for name in given)
 
-    return build(dataclass_type, tree, "", MISSING, (place, known_keys, only_parts))
+    return build(dataclass_type, tree, "", MISSING, Context(place, known_keys, only_parts))
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -109,7 +109,15 @@ def resolved(tree: Any, source: str) -> dict:
         raise ValueError(f"{getattr(error, 'full_key', None) or 'a value'} in {source}: {first_line(error)}") from None
 
 
-def build(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
+class Context(NamedTuple):
+    """What messages tell of a config: where a key was set, all keys there are, whether only parts of a mapping were."""
+
+    place: Callable[[str], str]
+    known_keys: Callable[[], list[str]]
+    only_parts: Callable[[str], bool]
+
+
+def build(hint: Any, value: Any, key: str, default: Any, context: Context) -> Any:
     """Check `value` against the type `hint`; convert lists to tuples, whole floats to ints, mappings to dataclasses."""
     origin, item = get_origin(hint), partial(build, default=MISSING, context=context)
     if hint is Any:
@@ -134,23 +142,21 @@ def build(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and (hint is float or (hint is int and float(value).is_integer())):
         return hint(value)
-    place, *_ = context
     quotes = ": write it in quotes" if hint is str and is_number else ""
     got = f"{value!r} ({type(value).__name__}){quotes}"
-    raise ValueError(f"{key or 'the top level'} in {place(key)} must be {in_words(hint)}, got {got}")
+    raise ValueError(f"{key or 'the top level'} in {context.place(key)} must be {in_words(hint)}, got {got}")
 
 
-def refuse_parts(key: str, default: Any, context: tuple) -> None:
+def refuse_parts(key: str, default: Any, context: Context) -> None:
     """Refuse overrides of single keys of a mapping where a default would be gone without a word."""
-    *_, only_parts = context
-    if isinstance(default, dict) and default and only_parts(key):
+    if isinstance(default, dict) and default and context.only_parts(key):
         raise ValueError(
             f"{key} in the overrides would lose the keys of its default ({', '.join(default)}): "
             f"give all that it is to hold, as in {key}={{...}}"
         )
 
 
-def build_union(hint: Any, value: Any, key: str, default: Any, context: tuple) -> Any:
+def build_union(hint: Any, value: Any, key: str, default: Any, context: Context) -> Any:
     """Take the first member of the union that fits; complain about the only one that could have been meant."""
     members = [member for member in get_args(hint) if member is not NoneType]
     if value is None and len(members) < len(get_args(hint)):
@@ -163,23 +169,23 @@ def build_union(hint: Any, value: Any, key: str, default: Any, context: tuple) -
             return build(member, value, key, default, context)
         except ValueError:
             continue
-    place, *_ = context
-    raise ValueError(f"{key} in {place(key)} must be {in_words(hint)}, got {value!r} ({type(value).__name__})")
+    raise ValueError(f"{key} in {context.place(key)} must be {in_words(hint)}, got {value!r} ({type(value).__name__})")
 
 
-def build_dataclass(cls: type[Config], values: dict, key: str, default: Any, context: tuple) -> Config:
+def build_dataclass(cls: type[Config], values: dict, key: str, default: Any, context: Context) -> Config:
     """Fill a dataclass from a mapping, on top of the default that its field has in the config around it."""
-    place, known_keys, _ = context
     hints, prefix = get_type_hints(cls), f"{key}." if key else ""
     settable = {field.name: field for field in fields(cls) if field.init}
     for name in values:
         if name not in settable:
             full = f"{prefix}{name}"
-            raise ValueError(f"unknown key {full} in {place(full)}: {nearest(str(name), prefix, settable, known_keys)}")
+            advice = nearest(str(name), prefix, settable, context.known_keys)
+            raise ValueError(f"unknown key {full} in {context.place(full)}: {advice}")
     whole = default if isinstance(default, cls) else None
     missing = [n for n, f in settable.items() if n not in values and whole is None and default_of(f) is MISSING]
     if missing:
-        raise ValueError(f"{prefix}{missing[0]} is missing in {place(f'{prefix}{missing[0]}')}: it has no default")
+        full = f"{prefix}{missing[0]}"
+        raise ValueError(f"{full} is missing in {context.place(full)}: it has no default")
     parts = {
         name: build(
             hints[name], part, f"{prefix}{name}", getattr(whole, name) if whole else default_of(settable[name]), context
@@ -189,7 +195,7 @@ def build_dataclass(cls: type[Config], values: dict, key: str, default: Any, con
     try:
         return replace(whole, **parts) if whole else cls(**parts)
     except ValueError as error:
-        raise ValueError(f"{key} in {place(key)}: {error}" if key else str(error)) from None
+        raise ValueError(f"{key} in {context.place(key)}: {error}" if key else str(error)) from None
 
 
 def default_of(field: Any) -> Any:

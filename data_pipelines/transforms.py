@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -97,8 +97,15 @@ def normalise(
     """Turn pixels into what the towers take, on the device the batch is on; floats are that already."""
     if images.is_floating_point():
         return images
-    mean, std = (per_plane(values, images.device) for values in (mean, std))
-    return (images / 255 - mean) / std
+    return standardise(images, mean, std)
+
+
+def standardise(
+    pixels: Shaped[Tensor, "b 3 y x"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "b 3 y x"]:
+    """Take 0..255 to 0..1, subtract the mean and divide by the standard deviation of each plane."""
+    mean, std = (per_plane(values, pixels.device) for values in (mean, std))
+    return (pixels / 255 - mean) / std
 
 
 def per_plane(values: Sequence[float], device: torch.device) -> Float[Tensor, "3 1 1"]:

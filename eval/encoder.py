@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softmoe_clip.data_pipelines.progress import progress
-from softmoe_clip.data_pipelines.samples import BadSample, readable
+from softmoe_clip.data_pipelines.samples import BadSample
 
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,7 +63,7 @@ class Encoder:
         parts = []
         with self.evaluating():
             for start in range(0, len(texts), self.batch_size):
-                batch = [readable(text) for text in texts[start : start + self.batch_size]]
+                batch = list(texts[start : start + self.batch_size])
                 token_ids = torch.as_tensor(self.tokenizer(batch)).to(self.device)
                 parts.append(unit_vectors(self.model.encode_text(token_ids), "texts"))
                 advance(len(batch))

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from softmoe_clip.data_pipelines.new_folder import refuse_file
-from softmoe_clip.data_pipelines.samples import printable, readable
+from softmoe_clip.data_pipelines.new_folder import refuse_file, write_whole
+from softmoe_clip.data_pipelines.samples import printable
 
 SIZES = ("num_pictures", "num_captions", "num_classes")
 
@@ -27,18 +26,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
-                file.write(readable(text) + "\n")  # a key that could not be read need not be text
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_place(path: Path) -> None:

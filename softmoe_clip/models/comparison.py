@@ -40,7 +40,8 @@ class Pairs(NamedTuple):
 
     def halves(self, text: bool) -> tuple["Pairs", "Pairs"]:
         """Split by odd and even: what is fitted to one half is compared on the other. Captions matter for `text`."""
-        for what, number in (("picture", len(self.images)), ("caption", len(self.captions) if text else 2)):
+        counts = {"picture": len(self.images)} | ({"caption": len(self.captions)} if text else {})
+        for what, number in counts.items():
             if number < 2:
                 raise ValueError(f"one {what} is too few: give two or more, since half of them are compared on")
         return tuple(self._replace(images=self.images[i::2], captions=self.captions[i::2]) for i in (1, 0))

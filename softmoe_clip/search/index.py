@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-# What an index is made of. In this order it goes and in the other it comes: never the rest without its image.index.
 ROWS_PER_BLOCK = 65_536
+# What an index is made of. In this order it goes and in the other it comes: never the rest without its image.index.
 COPIED = ("metadata", "meta.json")
 INDICES = {"text.index": "text_emb", "image.index": "img_emb"}
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from softmoe_clip.config import TrainConfig
 from softmoe_clip.data_pipelines.loader import Batch
 from softmoe_clip.data_pipelines.tokenizers import cut_for_clip, in_list
-from softmoe_clip.data_pipelines.transforms import per_plane
+from softmoe_clip.data_pipelines.transforms import per_plane, standardise
 from softmoe_clip.models.store import LoadedModel, load
 from softmoe_clip.training.distributed import gather_with_grad
 
@@ -67,8 +67,7 @@ class Teacher:
             images = (images * std + mean) * 255
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
-        mean, std = (per_plane(own[name], images.device) for name in ("mean", "std"))
-        return (images / 255 - mean) / std  # as `normalise` does for bytes
+        return standardise(images, own["mean"], own["std"])
 
     def token_ids(self, captions: list[str]) -> Tensor:
         """Tokenize captions as the teacher does."""

@@ -22,7 +22,15 @@ def measure(
     A process that only lends its share of the model does the same and writes nothing.
     """
     num_workers = config.data.num_workers if device.type == "cuda" else 0  # which would wait for one that decodes
-    encoder = Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, config.precision, 128, num_workers)
+    encoder = Encoder(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.transform,
+        device,
+        config.precision,
+        batch_size=128,
+        num_workers=num_workers,
+    )
     numbers = {}
     if config.data.val is not None:
         numbers["val/loss"] = validation_loss(
