@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ def architecture_file(tmp_path_factory):
     """Two towers of one and two blocks, in open_clip's format."""
     file = tmp_path_factory.mktemp("architecture") / "tiny.json"
     file.write_text(json.dumps(TINY_ARCHITECTURE))
+    return file
+
+
+@pytest.fixture(scope="session")
+def coca_file(tmp_path_factory):
+    """The same two towers, and open_clip's decoder that writes captions."""
+    arch = deepcopy(TINY_ARCHITECTURE)
+    del arch["custom_text"], arch["text_cfg"]["no_causal_mask"], arch["text_cfg"]["pool_type"]
+    arch["vision_cfg"]["output_tokens"] = True
+    arch["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    arch["multimodal_cfg"] = {"width": 32, "heads": 2, "layers": 1, "context_length": 12}
+    file = tmp_path_factory.mktemp("architecture") / "coca.json"
+    file.write_text(json.dumps(arch))
     return file
 
 

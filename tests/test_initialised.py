@@ -59,6 +59,14 @@ def test_no_number_of_a_tower_is_left_to_the_memory(kind, options):
         assert_all_set(timm.create_model(f"{kind}_vit_demo_patch8_64", **options))
 
 
+def test_no_number_of_the_decoder_of_coca_is_left_to_the_memory(coca_file):
+    with fresh_memory_is_nan():
+        model = create_model(ModelConfig(arch=str(coca_file)))
+    assert_all_set(model)
+    projection = model.text_decoder.text_projection
+    assert projection.std().item() == pytest.approx(projection.shape[0] ** -0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("router", ROUTER_SETTINGS)
 def test_no_number_of_a_router_is_left_to_the_memory(router):
     with fresh_memory_is_nan():

@@ -54,23 +54,12 @@ def timm_architecture(architecture_file, tmp_path):
     return [f"model.arch={file}", "model.image_moe=null"]
 
 
-@pytest.fixture
-def coca_architecture(architecture_file, tmp_path):
-    file = tmp_path / "coca.json"
-    arch = json.loads(architecture_file.read_text())
-    del arch["custom_text"], arch["text_cfg"]["no_causal_mask"], arch["text_cfg"]["pool_type"]
-    arch["vision_cfg"]["output_tokens"] = True
-    arch["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
-    arch["multimodal_cfg"] = {"width": 32, "heads": 2, "layers": 1, "context_length": 12}
-    file.write_text(json.dumps(arch))
-    return [f"model.arch={file}", "model.image_moe=null"]
-
-
 @pytest.mark.parametrize("tower", ["open_clip", "timm", "coca"])
 def test_cached_features_give_the_losses_and_weights_of_the_frozen_tower(
-    tower, start, timm_architecture, coca_architecture, tiny_config, tmp_path
+    tower, start, timm_architecture, coca_file, tiny_config, tmp_path
 ):
-    settings = start(*{"open_clip": [], "timm": timm_architecture, "coca": coca_architecture}[tower])
+    coca = [f"model.arch={coca_file}", "model.image_moe=null"]
+    settings = start(*{"open_clip": [], "timm": timm_architecture, "coca": coca}[tower])
     settings.append('freeze=["^visual[.]trunk"]' if tower == "timm" else 'freeze=["^visual"]')
     with_tower = train(tiny_config(*settings, f"out={tmp_path / 'tower'}"))
     cached = train(tiny_config(*settings, f"out={tmp_path / 'cached'}", f"data.image_features={tmp_path / 'features'}"))

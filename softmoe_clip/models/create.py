@@ -196,6 +196,10 @@ def build_dense(model_cfg: dict, text_moe: bool, output_dict: bool, source: str)
         # An assertion without words is told by its own line.
         reason = " ".join(str(error).split())[:300] or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"{source} describes no model that can be built: {reason}") from None
+    if kind is open_clip.CoCa:
+        # open_clip draws it nowhere: it would be what the memory happened to hold, at times NaN.
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if ours:
         from softmoe_clip.models.text import build_text_tower
 
