@@ -99,7 +99,7 @@ def next_result(iterator: Iterator[Any], num_workers: int) -> Any:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"a loader worker stopped ({reason}): this is most often too little memory or shared memory; "
-            "try fewer num_workers, 0 for none"
+            "try fewer workers (data.num_workers in training, --workers elsewhere), 0 for none"
         ) from error
 
 

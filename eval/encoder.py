@@ -1,5 +1,6 @@
 """Turn pictures and texts into unit vectors with any model that has `encode_image` and `encode_text`."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from softmoe_clip.data_pipelines.progress import progress
 from softmoe_clip.data_pipelines.samples import BadSample
 
+GPU_WORKERS = 4
 AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +36,8 @@ class Encoder:
     """A model (already on `device`), its tokenizer and its transform, ready to embed.
 
     The model may be in training: its mode is restored after each call. `precision` is that of the towers; embeddings
-    are always normalised in float32.
+    are always normalised in float32. `num_workers` processes decode pictures ahead; if not given, a few beside a GPU,
+    which would wait for one that decodes, and none without.
     """
 
     model: Any
@@ -43,13 +46,18 @@ class Encoder:
     device: str | torch.device = "cpu"
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = None
 
     def __post_init__(self):
         if self.precision not in AUTOCAST:
             raise ValueError(f"precision must be one of {', '.join(AUTOCAST)}, got {self.precision!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.num_workers is None:
+            on_gpu = torch.device(self.device).type != "cpu"
+            self.num_workers = min(GPU_WORKERS, os.cpu_count() or 1) if on_gpu else 0
+        if self.num_workers < 0:
+            raise ValueError(f"the number of workers must be 0 or more, got {self.num_workers}")
 
     def images(self, tensors: Tensor) -> np.ndarray:
         """Embed transformed pictures (b, 3, r, r) as one batch: float32 unit vectors (b, z)."""

@@ -43,6 +43,15 @@ def test_rows_are_the_encoders_unit_vectors_in_shard_order(encoder, tmp_path):
     assert report.skipped == []
 
 
+@pytest.mark.slow
+def test_workers_change_no_byte(encoder, tmp_path, folder_bytes):
+    shards = write_colours(tmp_path / "shards")
+    for num_workers in (0, 2):
+        encoder.num_workers = num_workers
+        embed(encoder, shards, tmp_path / f"{num_workers}", rows_per_file=4)
+    assert folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "2")
+
+
 @pytest.mark.parametrize("model", ["runs/a", "local-dir:runs/a"])
 def test_the_model_is_found_again_from_any_folder(encoder, tmp_path, monkeypatch, model):
     shards = write_colours(tmp_path / "shards")

@@ -114,10 +114,19 @@ def test_what_the_encoder_cannot_do_is_named():
         Encoder(encoder.model, encoder.tokenizer, encoder.transform, precision="bf17")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Encoder(encoder.model, encoder.tokenizer, encoder.transform, batch_size=0)
+    with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
+        Encoder(encoder.model, encoder.tokenizer, encoder.transform, num_workers=-1)
     with torch.no_grad():
         encoder.model.token_embedding.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="embeddings of texts that are NaN or infinite"):
         encoder.texts(TEXTS)
+
+
+def test_a_gpu_is_given_a_few_workers_and_a_cpu_none():
+    """Nothing is computed on the device here."""
+    assert Encoder(None, None, None, device="cpu").num_workers == 0
+    assert 1 <= Encoder(None, None, None, device="cuda:1").num_workers <= 4
+    assert Encoder(None, None, None, device="cuda", num_workers=0).num_workers == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -82,13 +82,22 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = Non
     return loaded
 
 
-def load_encoder(model: str | Path, device: str = "auto", precision: str = "float32", batch_size: int = 64):
-    """Load a model and wrap it for evaluation and embedding; `auto` takes a GPU where there is one."""
+def load_encoder(
+    model: str | Path,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int = 64,
+    num_workers: int | None = None,
+):
+    """Load a model and wrap it for evaluation and embedding; `auto` takes a GPU where there is one.
+
+    `num_workers` processes decode pictures; if not given, four beside a GPU and none without.
+    """
     from softmoe_clip.eval.encoder import Encoder
 
     device = usable_device(device)
     loaded = load(model, device)
-    return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, precision, batch_size)
+    return Encoder(loaded.model, loaded.tokenizer, loaded.transform, device, precision, batch_size, num_workers)
 
 
 def usable_device(device: str) -> str:

@@ -89,7 +89,7 @@ def embedded_rows(encoder, shards: ShardSet, skipped: list[dict], features: str)
     from softmoe_clip.data_pipelines.loader import eval_batches
 
     with progress("embedding", total=len(shards), unit="pictures") as advance:
-        for batch in eval_batches(shards, encoder.transform, encoder.batch_size):
+        for batch in eval_batches(shards, encoder.transform, encoder.batch_size, encoder.num_workers):
             skipped += [{"key": bad.key, "shard": bad.shard, "reason": bad.reason} for bad in batch.skipped]
             advance(len(batch.keys) + len(batch.skipped))
             if not batch.keys:

@@ -14,5 +14,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings that win o
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one")]
 Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16")]
 BatchSize = Annotated[int, typer.Option(help="pictures, or texts, at a time")]
+Workers = Annotated[
+    int | None, typer.Option(help="processes that decode pictures; 4 beside a GPU and 0 without, if not given")
+]
 Jobs = Annotated[int | None, typer.Option(help="processes that read; one per core if not given")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

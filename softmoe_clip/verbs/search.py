@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from softmoe_clip.verbs.arguments import BatchSize, Device, Json, Model, Precision, Shards
+from softmoe_clip.verbs.arguments import BatchSize, Device, Json, Model, Precision, Shards, Workers
 
 
 def eval(
@@ -15,6 +15,7 @@ def eval(
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
+    workers: Workers = None,
 ):
     """Score a model: zero-shot, retrieval, caption pairs.
 
@@ -32,7 +33,7 @@ def eval(
     from softmoe_clip.eval.suites import run_suite
     from softmoe_clip.models.store import load_encoder
 
-    results = run_suite(load_encoder(model, device, precision, batch_size), tasks, model_name=model)
+    results = run_suite(load_encoder(model, device, precision, batch_size, workers), tasks, model_name=model)
     print_results(results)
     if out:
         results.save(out)
@@ -57,6 +58,7 @@ def embed(
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 64,
+    workers: Workers = None,
 ):
     """Write embeddings of pictures and captions.
 
@@ -70,7 +72,7 @@ def embed(
     from softmoe_clip.models.store import load_encoder
     from softmoe_clip.search.embed import embed
 
-    encoder = load_encoder(model, device, precision, batch_size)
+    encoder = load_encoder(model, device, precision, batch_size, workers)
     report = embed(encoder, shards, out, model_name=model, dtype=dtype, features=features)
     print(f"{report.num_rows:8,} pictures  {report.out}")
     if report.skipped:
