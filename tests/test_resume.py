@@ -149,6 +149,20 @@ def test_sigterm_and_ctrl_c_save_the_state_and_say_so_in_one_line(begin, whole, 
     assert_same_bits(run, whole)
 
 
+def test_a_second_start_in_the_same_folder_is_refused_and_the_first_goes_on(begin, whole, tmp_path):
+    run = tmp_path / "run"
+    first, told = begin(run), run.with_suffix(".txt")
+    wait_until(first, lambda: len(steps_so_far(run)) >= 3)
+    told.rename(tmp_path / "first.txt")
+    assert ended(begin(run)) == 2
+    sentence = f"another process is training in {run} right now: wait for it, or give another folder as out"
+    assert told.read_text().splitlines()[-1] == f"softmoe-clip: {sentence}"
+    first.kill()  # the lock dies with it, though its worker lives on for a moment
+    assert ended(first) == -signal.SIGKILL
+    assert ended(begin(run)) == 0
+    assert_same_bits(run, whole)
+
+
 def steps_so_far(run):
     """All whole lines; the last one may just be written."""
     file = run / "metrics.jsonl"

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from softmoe_clip.training.run_folder import as_tree, begin, is_finished, newest_step, seen_by_run
+from softmoe_clip.training.run_lock import LOCK_FILE
 
 
 class Data:
@@ -170,7 +171,9 @@ def test_a_process_killed_while_it_begins_a_run_leaves_one_that_can_be_begun(tmp
     run.mkdir()
     (run / "versions.json").write_text("{")
     (run / "config.yaml.tmp").write_text("out:")
-    begin(run, tiny_config(), Data(), {})
+    (run / LOCK_FILE).touch()
+    with begin(run, tiny_config(), Data(), {}):
+        assert (run / LOCK_FILE).exists()
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "versions.json"]
 
 
@@ -241,5 +244,6 @@ def test_what_cannot_be_brought_to_the_disk_replaces_nothing(run, tiny_config, m
         with pytest.raises(OSError, match="no disk"):
             begin(run, tiny_config(), Data(), {})
     assert [(run / name).stat().st_ino for name in names] == before
-    begin(run, tiny_config(), Data(), {})
+    with begin(run, tiny_config(), Data(), {}):
+        pass
     assert {path.name for path in run.iterdir()} == {*names, "checkpoints"}

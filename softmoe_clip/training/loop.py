@@ -66,12 +66,12 @@ def train(config: TrainConfig) -> Path:
     optimizer, teacher, ema = setup.optimizer, setup.teacher, setup.ema
     scaler = accelerator.scaler  # of fp16 alone
     warn = say if is_main else lambda text: None
-    branched = None
+    branched, lock = None, nullcontext()
     if newest_step(run) == 0:  # a run that goes on has the features that it began with: `begin` compares the files
         branched = branch_off(config, towers, optimizer, ema, scaler, warn)
         check_picture(setup.picture, loaded, shards)
     if is_main:  # the folder is begun only now: a mistake in the config must not leave one behind
-        begin(run, config, shards, preprocessing_of(towers))
+        lock = begin(run, config, shards, preprocessing_of(towers))
         (run / "trained_parameters.txt").write_text("".join(f"{name}\n" for name in trained_names(towers)))
         if any(group["lr_scale"] != 1 for group in optimizer.param_groups):
             (run / "parameter_rates.tsv").write_text("".join(f"{line}\n" for line in rate_lines(towers, optimizer)))
@@ -158,7 +158,7 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     batches = make_batches(config, setup, accelerator, done.samples_seen, max(0, config.last_step - done.step))
     bar = progress("training", total=config.last_step, unit="steps", already=done.step) if is_main else nullcontext()
-    with place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
+    with lock, place.to_the_end() if is_main else nullcontext(), log, stop_signals() as stop, bar as advance:
         train_mode(stepper.model)
         if to_measure and any_process(is_main and not log.has_measured(done.step), device):
             evaluate()  # what a stop after this step left out

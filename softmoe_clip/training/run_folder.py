@@ -17,6 +17,7 @@ from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.data_pipelines.strict import read_yaml
 from softmoe_clip.data_pipelines.train_set import in_words
 from softmoe_clip.training.inputs import differences_of, fingerprints
+from softmoe_clip.training.run_lock import LOCK_FILE, RunLock
 from softmoe_clip.training.run_log import environment
 
 CHECKPOINT_NAME = re.compile("step_([0-9]+)")
@@ -36,14 +37,14 @@ def as_tree(config: TrainConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
-    """Write config.yaml and what else reproduces the run, or check that the run there is this one.
+def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> RunLock:
+    """Write config.yaml and what else reproduces the run, or check that the run there is this one; return its lock.
 
     `preprocess` is how pictures are prepared for its model: that of `init`, which may be gone when the run goes on.
     """
     saved = run / "config.yaml"
     # config.yaml comes last: a process that is killed here leaves a folder that can still be begun.
-    before_config = {"versions.json", "versions.json.tmp", "config.yaml.tmp"}
+    before_config = {"versions.json", "versions.json.tmp", "config.yaml.tmp", LOCK_FILE}
     goes_on = saved.exists() and newest_step(run) > 0  # without a checkpoint there is nothing to be true to
     if goes_on:
         refuse_another_run(run, config, shards.fingerprint(), len(shards.counts))
@@ -61,8 +62,10 @@ def begin(run: Path, config: TrainConfig, shards, preprocess: dict) -> None:
         data = {"data": shards.fingerprint(), "pairs": len(shards), "preprocess_cfg": preprocess}
         facts = now | begun | data | {"inputs": inputs}
     run.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run)
     write_whole(run / "versions.json", json.dumps(facts, indent=2) + "\n")
     write_whole(saved, OmegaConf.to_yaml(OmegaConf.create(as_tree(config))))
+    return lock
 
 
 def seen_by_run(run: Path) -> dict:
