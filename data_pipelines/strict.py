@@ -1,5 +1,6 @@
 """Configs that forgive nothing: YAML and `a.b=value` overrides into frozen dataclasses, each mistake one sentence."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -14,8 +15,9 @@ Config = TypeVar("Config")
 def load_strict(dataclass_type: type[Config], path_or_dict: str | Path | dict, overrides: Sequence[str] = ()) -> Config:
     """Build `dataclass_type` from a YAML file (or a dict) and `a.b=value` overrides, which win over the file.
 
-    `${oc.env:NAME}` and `${other.key}` are resolved. What is not given keeps the default of its field, down to single
-    keys of nested configs. An unknown key, a wrong type, a missing file or broken YAML raises ValueError: one sentence.
+    `${oc.env:NAME}` and `${other.key}` are resolved, `~/` is the home folder. What is not given keeps the default of
+    its field, down to single keys of nested configs. An unknown key, a wrong type, a missing file or broken YAML raises
+    ValueError: one sentence.
     """
     is_dict = isinstance(path_or_dict, dict)
     source = "the config" if is_dict else str(path_or_dict)
@@ -138,7 +140,8 @@ def build(hint: Any, value: Any, key: str, default: Any, context: Context) -> An
         names, values = get_args(hint) or (Any, Any)
         return {item(names, name, f"{key}.{name}"): item(values, part, f"{key}.{name}") for name, part in value.items()}
     if hint in (str, bool, NoneType) and isinstance(value, hint):
-        return value
+        # No shell fills in what stands after `key=`, and not all that open a path do.
+        return os.path.expanduser(value) if hint is str and value.startswith("~/") else value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and (hint is float or (hint is int and float(value).is_integer())):
         return hint(value)

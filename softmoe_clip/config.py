@@ -227,6 +227,8 @@ MAY_CHANGE_AT_RESUME = (
     "data.num_workers",
     "data.cache",
 )
+# What may lie in another folder then, as staged data does; fingerprints tell whether it holds the same.
+MAY_MOVE_AT_RESUME = ("data.train", "data.val", "data.image_features", "tokenizer")
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -70,6 +70,8 @@ class MoEConfig:
         is_block_list = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
         if self.layers != "last_half" and not is_block_list:
             raise ValueError(f"layers must be last_half or a list of blocks such as [3, 4, 5], got {self.layers!r}")
+        if is_block_list and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers names a block twice: {list(self.layers)}")
         if self.router not in ROUTER_SETTINGS:
             raise ValueError(f"router must be one of {', '.join(ROUTER_SETTINGS)}, got {self.router!r}")
         for setting in fields(self):

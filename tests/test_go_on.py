@@ -7,6 +7,9 @@ import signal
 
 import pytest
 
+from softmoe_clip.data_pipelines.samples import all_captions
+from softmoe_clip.data_pipelines.tar_index import ShardSet
+from softmoe_clip.data_pipelines.train_tokenizer import train_tokenizer
 from softmoe_clip.training.loop import Stopped, train
 from softmoe_clip.training.run_log import RunLog
 
@@ -53,6 +56,24 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up(tiny_config, scenes, stop
     assert [line["step"] for line in metrics(run) if "val/loss" in line] == [2, 4, 6]
     assert metrics(run) == metrics(whole)
     assert (run / "model" / WEIGHTS).read_bytes() == (whole / "model" / WEIGHTS).read_bytes()
+
+
+def test_a_run_goes_on_with_data_and_tokenizer_that_were_moved(tiny_config, scenes, tokenizer_file, tmp_path):
+    """As jobs do whose data is copied to a new scratch folder each time."""
+    whole = train(tiny_config("out=whole", "optim.schedule=constant"))
+    for number, steps in ((1, 3), (2, 6)):
+        place = tmp_path / f"scratch{number}"
+        shutil.copytree(scenes / "train", place / "train")
+        shutil.copy(tokenizer_file, place)
+        here = (f"data.train={place}/train", f"tokenizer={place / tokenizer_file.name}", "optim.schedule=constant")
+        run = train(tiny_config("out=run", f"steps={steps}", *here))
+        shutil.rmtree(place)
+    assert metrics(run) == metrics(whole)
+    assert (run / "model" / WEIGHTS).read_bytes() == (whole / "model" / WEIGHTS).read_bytes()
+    shutil.copytree(scenes / "train", place / "train")
+    train_tokenizer(all_captions(ShardSet.open(str(place / "train"))), place / tokenizer_file.name, vocab_size=99)
+    with pytest.raises(ValueError, match=r"other files than are there now \(tokenizer, tokenizer.model: "):
+        train(tiny_config("out=run", "steps=7", *here))
 
 
 def test_an_evaluation_that_was_made_is_not_made_again(tiny_config, scenes):

@@ -86,6 +86,7 @@ def test_a_tower_gets_the_layer_its_config_describes(loaded):
         ({"router": "tokens_choice", "noise_std": float("nan")}, "noise_std must be 0 or more and finite, got nan"),
         ({"router": "tokens_choice", "load_loss": 0.1}, "load_loss=0.1 does nothing without noise"),
         ({"layers": 3}, "layers must be last_half or a list of blocks such as .*, got 3"),
+        ({"layers": [2, 1, 2]}, r"layers names a block twice: \[2, 1, 2\]"),
         ({"layers": [True]}, "layers must be last_half or a list of blocks such as .*, got .True."),
     ],
 )

@@ -74,6 +74,9 @@ def test_what_makes_no_other_run_may_change(run, tiny_config, change):
         ("data.val=elsewhere", "data.val: None then, 'elsewhere' now"),
         ("data.train=[{shards: a, weight: 2}]", r"data.train: .* then, \[{'shards': 'a', 'weight': 2.0}\] now"),
         ("data.window=8", "data.window: 32 then, 8 now"),
+        ("data.train=pipe:cat a.tar", "data.train: .* then, 'pipe:cat a.tar' now"),
+        ("data.train=s3://bucket/{0..9}.tar", "data.train: .* then, 's3://bucket/{0..9}.tar' now"),
+        ("tokenizer=open_clip", "tokenizer: .* then, 'open_clip' now"),
     ],
 )
 def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config, change, told, folder_bytes):
@@ -81,6 +84,14 @@ def test_what_makes_another_run_is_refused_with_the_difference(run, tiny_config,
     with pytest.raises(ValueError, match=f"begun with other settings .*{told}.*give another folder as out"):
         begin(run, tiny_config(change), Data(), {})
     assert folder_bytes(run) == before
+
+
+def test_data_may_lie_elsewhere_when_it_is_the_same(run, tiny_config):
+    moved = tiny_config("data.train=elsewhere")
+    with pytest.raises(ValueError, match="begun with other data than elsewhere holds now"):
+        begin(run, moved, Data("def"), {})
+    begin(run, moved, Data(), {})
+    assert "train: elsewhere" in (run / "config.yaml").read_text()
 
 
 def test_a_run_from_before_there_were_windows_goes_on_where_its_order_is_the_same(run, tiny_config):

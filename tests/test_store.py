@@ -105,6 +105,11 @@ def test_open_clip_loads_the_folder_with_the_same_bits_and_transform(folder, pic
     assert model.logit_bias.item() == ours.model.logit_bias.item()
 
 
+def test_a_model_in_the_home_folder_may_be_named_with_a_tilde(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load(f"local-dir:~/{folder.name}").config == load(folder).config
+
+
 def test_a_run_folder_and_local_dir_name_the_same_model(folder, tmp_path, picture):
     run = tmp_path / "run"
     run.mkdir()

@@ -101,6 +101,13 @@ def test_single_keys_of_a_mapping_that_was_given_can_be_set():
     assert load({}, "weights.a=2").weights == {"a": 2.0}
 
 
+def test_a_home_folder_is_filled_in(monkeypatch):
+    """No shell does it in `out=~/runs/a`."""
+    monkeypatch.setenv("HOME", "/somebody")
+    found = load({"out": "~/a"}, "note=[~/b, a~/c, '~d/e']")
+    assert (found.out, found.note) == ("/somebody/a", ["/somebody/b", "a~/c", "~d/e"])
+
+
 def test_environment_variables_and_other_keys_can_be_used(monkeypatch):
     monkeypatch.setenv("SOFTMOE_TEST_FOLDER", "/x")
     assert load({"val": "${oc.env:SOFTMOE_TEST_FOLDER}/val", "note": "${out}"}).val == "/x/val"

@@ -67,7 +67,7 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = Non
     """
     name = str(model)
     refuse_url(name)
-    folder = Path(name.removeprefix("local-dir:"))
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
     restore_previous(folder)
     if name.startswith("local-dir:") or folder.exists():
         loaded = load_folder(folder)

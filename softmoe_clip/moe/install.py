@@ -134,7 +134,7 @@ def chosen_blocks(config: MoEConfig, depth: int, label: str) -> list[int]:
         raise ValueError(
             f"moe layers {list(config.layers)} do not fit this {label} tower: its blocks are 0 to {depth - 1}."
         )
-    return sorted(set(config.layers))
+    return sorted(config.layers)
 
 
 def two_linears(mlp: nn.Module, block: int) -> tuple[nn.Linear, nn.Linear]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from softmoe_clip.config import MAY_CHANGE_AT_RESUME, ModelConfig, TrainConfig, flatten
+from softmoe_clip.config import MAY_CHANGE_AT_RESUME, MAY_MOVE_AT_RESUME, ModelConfig, TrainConfig, flatten
 from softmoe_clip.data_pipelines.config import DataConfig
 from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.data_pipelines.strict import read_yaml
@@ -122,7 +122,7 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
     differences = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE_AT_RESUME)
+        if is_other(key, before.get(key), now.get(key))
     ]
     for rules in ("optim.weight_decay.", "optim.lr_scale."):  # the first that matches wins
         then, here = ([key for key in settings if key.startswith(rules)] for settings in (before, now))
@@ -134,6 +134,23 @@ def refuse_another_run(run: Path, config: TrainConfig, fingerprint: str, num_sha
         raise ValueError(
             f"{run} was begun with other data than {in_words(config.data)} holds now: give another folder as out"
         )
+
+
+def is_other(key: str, before: Any, now: Any) -> bool:
+    """Tell a setting that makes another run from one that may change, and from a folder that was moved."""
+    if before == now or key.startswith(MAY_CHANGE_AT_RESUME):
+        return False
+    return key not in MAY_MOVE_AT_RESUME or without_folders(before) != without_folders(now)
+
+
+def without_folders(value: Any) -> Any:
+    """Replace each path of this machine in a setting; `open_clip`, URLs and commands are none."""
+    if isinstance(value, list | tuple):
+        return [without_folders(part) for part in value]
+    if isinstance(value, dict):
+        return {name: without_folders(part) for name, part in value.items()}
+    is_path = isinstance(value, str) and value != "open_clip" and "://" not in value and "pipe:" not in value
+    return Path if is_path else value
 
 
 def settings_of(run: Path, unknown: Mapping[str, Any] = {}) -> dict[str, Any]:
