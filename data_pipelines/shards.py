@@ -94,7 +94,9 @@ def _stats_of(url: str) -> str:
 
 def _read_remote(url: str) -> dict:
     try:
-        content = json.loads(read_url(url))
+        written = read_url(url)
+        # Some servers answer with a page where there is no such file.
+        content = {} if written.lstrip().startswith(b"<") else json.loads(written)
     except Missing:
         return {}
     except json.JSONDecodeError as error:

@@ -69,11 +69,16 @@ def test_with_counts_beside_them_each_is_indexed_when_it_is_first_read(server):
     assert remote.keys == local.keys
 
 
-def test_without_any_of_these_they_are_counted_once(server, tmp_path):
+@pytest.mark.parametrize("page", [None, "\n<!DOCTYPE html><p>No such file"])
+def test_without_any_of_these_they_are_counted_once(server, tmp_path, page):
+    """Also where the server answers with a page for files that it has not."""
     local = ShardSet.open(str(server.folder))
     for file in server.folder.iterdir():
         if file.suffix != ".tar":
             file.unlink()
+    if page is not None:
+        for name in ("sizes.json", INDEX_NAME, "00000_stats.json"):
+            (server.folder / name).write_text(page)
     for _ in range(2):
         remote = ShardSet.open(pattern(server))
         assert remote.counts == local.counts

@@ -160,3 +160,13 @@ def test_one_file_under_several_names_is_one_picture(tmp_path):
     items = read_source(tmp_path / "t.csv").items
     assert captions(items) == {**expected, "gone.jpg": ("caption 7",), "./gone.jpg": ("caption 8",)}
     assert [item.problem for item in items] == [None, NO_PICTURE, NO_PICTURE]
+
+
+def test_names_may_lead_to_objects_with_caption_and_split(tmp_path):
+    told = {"a.jpg": {"caption": "one", "split": "val", "licence": 3}, "b.jpg": {"captions": ["two", "three"]}}
+    for name in told:
+        picture(tmp_path / name)
+    (tmp_path / "t.json").write_text(json.dumps(told))
+    items = read_source(tmp_path / "t.json").items
+    assert captions(items) == {"a.jpg": ("one",), "b.jpg": ("two", "three")}
+    assert [(item.split, item.extra) for item in items] == [("val", {"licence": 3}), (None, {})]

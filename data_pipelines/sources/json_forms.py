@@ -22,6 +22,8 @@ class JsonRows(NamedTuple):
 def read_json(table: Path) -> JsonRows:
     """Read `{"images": [...]}`, COCO's form with "annotations" beside it, Karpathy's, a list, or {name: captions}.
 
+    The captions of a name may stand in an object, beside a split and whatever else is known.
+
     COCO names the split in the file's name (captions_val2017.json) and keeps annotations and pictures in folders side
     by side; Karpathy's entries have `filepath`, `filename` and `sentences`.
     """
@@ -39,7 +41,10 @@ def read_json(table: Path) -> JsonRows:
             images, flat, folders = [_karpathy_row(image) for image in images], True, [*folders, table.parent.parent]
         content = images
     elif isinstance(content, dict):
-        content = [{"file_name": name, "captions": captions} for name, captions in content.items()]
+        content = [
+            {"file_name": name, **(told if isinstance(told, dict) else {"captions": told})}
+            for name, told in content.items()
+        ]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f'{table} should hold {{"images": [{{"file_name": "...", "captions": ["..."]}}, ...]}}')
     return JsonRows(content, folders, flat)
