@@ -1,13 +1,12 @@
 """Make an output folder, or a file, appear whole or not at all."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from softmoe_clip.data_pipelines.full_disk import MORE_SPACE, raise_if_full
 
 
 @contextmanager
@@ -32,13 +31,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         sync(out.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            full = OSError(
-                f"no space left while writing {out} ({os.strerror(error.errno)}): nothing was kept, "
-                "free some space or choose another folder"
-            )
-            full.errno = error.errno  # for a folder that is made inside another one
-            raise full from error
+        raise_if_full(error, out, f"nothing was kept, {MORE_SPACE}")
         raise
     finally:
         os.close(lock)
@@ -71,6 +64,9 @@ def write_whole(file: Path, content: str | bytes) -> None:
         sync(temporary)
         temporary.replace(file)
         sync(file.parent)
+    except OSError as error:
+        raise_if_full(error, file)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softmoe_clip.data_pipelines.new_folder import NO_SPACE, lock_folder, refuse_existing, sync
+from softmoe_clip.data_pipelines.full_disk import MORE_SPACE, raise_if_full
+from softmoe_clip.data_pipelines.new_folder import lock_folder, refuse_existing, sync
 from softmoe_clip.data_pipelines.shard_files import write_synced
 from softmoe_clip.data_pipelines.sources import SourceItem
 
@@ -118,12 +119,8 @@ def keep_or_remove(partial: Partial, out: Path, error: BaseException) -> None:
     count = 0 if isinstance(error, NothingToPack) else partial.num_finished()
     if not count:
         shutil.rmtree(partial.root, ignore_errors=True)
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        stays = f"{count} finished shards stay in {partial.root}, free some space and give the same command to continue"
-        nothing = "nothing was kept, free some space or choose another folder"
-        full = OSError(f"no space left while writing {out} ({os.strerror(error.errno)}): {stays if count else nothing}")
-        full.errno = error.errno
-        raise full from error
+    stays = f"{count} finished shards stay in {partial.root}, free some space and give the same command to continue"
+    raise_if_full(error, out, stays if count else f"nothing was kept, {MORE_SPACE}")
     if count:
         print(
             f"stopped: {count} finished shards stay in {partial.root}; the same command continues, "

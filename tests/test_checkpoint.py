@@ -242,7 +242,7 @@ def test_on_a_full_disk_nothing_half_written_stays_and_the_old_checkpoint_does(t
     before, limits = sizes(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(request.path.parent), str(bytes_free)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stderr.startswith(f"refused: no space left while writing {tmp_path}/step_00000004: ")
+    assert done.stderr.startswith(f"refused: no space left while writing {tmp_path}/step_00000004 (")
     assert "Traceback" not in done.stderr
     assert sizes(tmp_path) == before
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == limits

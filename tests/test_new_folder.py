@@ -1,10 +1,13 @@
+"""Output folders and files appear whole or not at all."""
+
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from softmoe_clip.data_pipelines.new_folder import new_folder
+from softmoe_clip.data_pipelines.new_folder import new_folder, write_whole
 
 
 def test_the_folder_appears_at_the_end_and_not_before(tmp_path):
@@ -67,3 +70,16 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
         (folder / "new").write_text("a")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_a_file_for_which_the_disk_has_no_room_is_named_and_leaves_the_older_one(tmp_path):
+    file = tmp_path / "numbers.json"
+    write_whole(file, "older")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"^no space left while writing .*numbers.json \(File too large\): free some"):
+            write_whole(file, "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("numbers.json", "older")]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.data_pipelines.full_disk import raise_if_full
+from softmoe_clip.data_pipelines.new_folder import sync
 
 
 @contextmanager
@@ -39,9 +40,7 @@ def replaced_folder(folder: Path, mark: str) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         restore_previous(folder)
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            # One argument: an errno before it would be printed as `[Errno 28]`.
-            raise OSError(f"no space left while writing {folder}: free some space or choose another folder") from error
+        raise_if_full(error, folder)
         raise
 
 

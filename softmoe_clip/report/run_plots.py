@@ -1,6 +1,6 @@
 """Several runs in one picture: a small chart for each metric, every curve named where it ends."""
 
-import os
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 
+from softmoe_clip.data_pipelines.new_folder import write_whole
 from softmoe_clip.report.data_charts import ON_PAPER, PAPER, paper_style
 from softmoe_clip.report.numbers import in_words, is_share
 from softmoe_clip.report.plots import thousands, tidy_axes
@@ -56,15 +57,14 @@ def plot(runs: Sequence[str | Path], out: str | Path = "plot.png", metrics: Sequ
 
 
 def save(figure, out: Path) -> None:
-    """Write the picture under another name first, so that no half of it is ever seen."""
+    """Write the picture, whole or not at all."""
     from matplotlib import rc_context
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    picture = io.BytesIO()
     with rc_context(paper_style()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that matplotlib's font lacks become boxes
-        figure.savefig(partial, format=out.suffix[1:], dpi=144, facecolor=PAPER)
-    os.replace(partial, out)
+        figure.savefig(picture, format=out.suffix[1:], dpi=144, facecolor=PAPER)
+    write_whole(out, picture.getvalue())
 
 
 def figure_of(runs: Sequence[RunSeries], metrics: Sequence[str], x: XAxis):

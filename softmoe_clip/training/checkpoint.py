@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from softmoe_clip.data_pipelines.new_folder import NO_SPACE, sync
+from softmoe_clip.data_pipelines.full_disk import GO_ON, raise_if_full
+from softmoe_clip.data_pipelines.new_folder import sync
 from softmoe_clip.models.alike import differences, shapes_of
 from softmoe_clip.models.store import write_tensors
 from softmoe_clip.moe.expert_parallel import OtherExperts, spread_parameters
@@ -122,10 +123,7 @@ def save_checkpoint(
         sync(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise OSError(
-                f"no space left while writing {final}: free some and start the same command again to go on"
-            ) from error
+        raise_if_full(error, final, GO_ON)
         raise
     prune(folder, progress.step, keep_last, keep_every)
     return final

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from softmoe_clip.data_pipelines.new_folder import NO_SPACE
+from softmoe_clip.data_pipelines.full_disk import GO_ON, raise_if_full
 from softmoe_clip.training.sharding import share_of
 
 PARTS = "shard-*.safetensors"  # as torch's HuggingFaceStorageWriter calls them
@@ -38,10 +38,7 @@ def write_parts(folder: Path, states: Mapping[str, State]) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
-        if isinstance(reason, OSError) and reason.errno in NO_SPACE:
-            raise OSError(
-                f"no space left while writing {folder}: free some and start the same command again to go on"
-            ) from None
+        raise_if_full(reason, folder, GO_ON)
         raise OSError(f"a process cannot write its part of {folder}: {' '.join(str(reason).split())}") from None
     dist.barrier()
     found = len([*folder.glob(PARTS)])
