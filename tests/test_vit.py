@@ -190,3 +190,14 @@ def test_the_attention_pool_starts_as_in_the_reference():
     assert pool.mlp.fc1.bias.std().item() == pytest.approx(1e-6, rel=0.3)
     assert pool.norm.eps == pool.q_norm.eps == 1e-6
     assert pool.q_norm.bias is None
+
+
+def test_another_activation_is_that_of_the_experts_too():
+    tower = timm.create_model("softmoe_vit_demo_patch8_64", act_layer="quick_gelu")
+    assert type(tower.blocks[0].mlp.act).__name__ == "QuickGELU"
+    assert tower.blocks[3].mlp.experts.activation == "quick_gelu"
+    with pytest.raises(
+        ValueError, match="act_layer is that of its experts, too: gelu_tanh, gelu, quick_gelu; got 'silu'"
+    ):
+        timm.create_model("softmoe_vit_demo_patch8_64", act_layer="silu")
+    assert timm.create_model("plain_vit_demo_patch8_64", act_layer="silu")

@@ -4,7 +4,7 @@ Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention wi
 timm's `pos_embed`: `learn` or `sincos2d` (fixed).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -119,8 +119,14 @@ class ReferenceViT(VisionTransformer):
 
 def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: bool, **overrides) -> nn.Module:
     """Build one registered tower, a ReferenceViT; `overrides` are timm's (num_classes, global_pool, img_size, ...)."""
-    size = SIZES[tower.size]
-    moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert) if soft else None
+    size, moe = SIZES[tower.size], None
+    if soft:
+        activation = overrides.get("act_layer", "gelu_tanh")
+        if activation not in (known := get_args(get_type_hints(MoEConfig)["activation"])):
+            raise ValueError(
+                f"{variant}: act_layer is that of its experts, too: {', '.join(known)}; got {activation!r}"
+            )
+        moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert, activation=activation)
     arguments = {
         "img_size": image_size,
         "patch_size": tower.patch,
