@@ -51,8 +51,8 @@ $(READY): requirements-dev.lock pyproject.toml
 demo: $(READY)  ## pack, train, evaluate, search, report: on drawn scenes, or make demo DATA=FOLDER_OR_FILE [OUT=FOLDER]
 	@$(RUN) softmoe_clip demo $${DATA:+--data "$$DATA"} $${OUT:+--out "$$OUT"}
 
-test: $(READY)  ## the fast tests (some with make test ARGS="-k soft")
-	$(RUN) pytest -m "not slow and not gpu" $(ARGS)
+test: $(READY)  ## the fast tests, on several cores (some with make test ARGS="-k soft", on one with ARGS="-n 0")
+	$(RUN) pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the slow tests: kills, several processes, builds, the README's commands
 	$(RUN) pytest -m "slow and not gpu" $(ARGS)
