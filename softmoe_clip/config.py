@@ -227,7 +227,8 @@ MAY_CHANGE_AT_RESUME = (
     "data.num_workers",
     "data.cache",
 )
-# What may lie in another folder then, as staged data does; fingerprints tell whether it holds the same.
+# What may lie in another folder then, as staged data does; fingerprints tell whether it holds the same. Held-out pairs
+# have none: like the suite they change what is measured, not the run.
 MAY_MOVE_AT_RESUME = ("data.train", "data.val", "data.image_features", "tokenizer")
 
 
