@@ -87,7 +87,7 @@ def lock_folder(partial: Path, out: Path) -> int:
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        in_use = not (partial.exists() and os.path.samestat(os.stat(partial), os.fstat(descriptor)))
+        in_use = not is_at(partial, descriptor)
     except BlockingIOError:
         in_use = True
     except OSError:
@@ -96,6 +96,11 @@ def lock_folder(partial: Path, out: Path) -> int:
         os.close(descriptor)
         raise ValueError(f"another process is writing {out} right now: wait for it or choose another folder")
     return descriptor
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Return whether what a descriptor was opened on still has this name: whoever held its lock may have removed it."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def clear(folder: Path) -> None:

@@ -22,10 +22,9 @@ class JsonRows(NamedTuple):
 def read_json(table: Path) -> JsonRows:
     """Read `{"images": [...]}`, COCO's form with "annotations" beside it, Karpathy's, a list, or {name: captions}.
 
-    The captions of a name may stand in an object, beside a split and whatever else is known.
-
-    COCO names the split in the file's name (captions_val2017.json) and keeps annotations and pictures in folders side
-    by side; Karpathy's entries have `filepath`, `filename` and `sentences`.
+    What belongs to a name may also be an object, with captions, split and whatever else is known. COCO names the split
+    in the file's name (captions_val2017.json) and keeps annotations and pictures in folders side by side; Karpathy's
+    entries have `filepath`, `filename` and `sentences`.
     """
     try:
         content = json.loads(read_text(table))

@@ -4,7 +4,7 @@ Pooling is timm's `global_pool`: `avg` (mean over tokens) or `map` (attention wi
 timm's `pos_embed`: `learn` or `sincos2d` (fixed).
 """
 
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -119,14 +119,9 @@ class ReferenceViT(VisionTransformer):
 
 def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: bool, **overrides) -> nn.Module:
     """Build one registered tower, a ReferenceViT; `overrides` are timm's (num_classes, global_pool, img_size, ...)."""
-    size, moe = SIZES[tower.size], None
-    if soft:
-        activation = overrides.get("act_layer", "gelu_tanh")
-        if activation not in (known := get_args(get_type_hints(MoEConfig)["activation"])):
-            raise ValueError(
-                f"{variant}: act_layer is that of its experts, too: {', '.join(known)}; got {activation!r}"
-            )
-        moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert, activation=activation)
+    size = SIZES[tower.size]
+    activation = overrides.get("act_layer", "gelu_tanh")
+    moe = MoEConfig(num_experts=tower.num_experts, slots_per_expert=tower.slots_per_expert, activation=activation)
     arguments = {
         "img_size": image_size,
         "patch_size": tower.patch,
@@ -134,13 +129,13 @@ def build(variant: str, tower: Tower, image_size: int, soft: bool, pretrained: b
         "depth": size.depth,
         "num_heads": size.num_heads,
         "mlp_ratio": size.hidden / size.width,
-        "moe": moe,
+        "moe": moe if soft else None,
         "global_pool": "avg",
         "class_token": False,
         "fc_norm": False,  # timm would move the last norm behind the mean
         "qk_norm": True,
         "norm_layer": NORM,
-        "act_layer": "gelu_tanh",
+        "act_layer": activation,
     }
     # As timm's own ViTs: positions of weights from a file are resized, and `features_only` gives what blocks give.
     indices = overrides.pop("out_indices", 3)

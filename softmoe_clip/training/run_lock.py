@@ -4,6 +4,8 @@ import os
 import weakref
 from pathlib import Path
 
+from softmoe_clip.data_pipelines.new_folder import is_at
+
 LOCK_FILE = ".lock"
 
 
@@ -16,7 +18,7 @@ class RunLock:
     def __init__(self, run: Path):
         self.file = run / LOCK_FILE
         descriptor = locked(self.file)
-        while not is_at(self.file, descriptor):  # whoever had the lock removed the file meanwhile
+        while not is_at(self.file, descriptor):
             os.close(descriptor)
             descriptor = locked(self.file)
         self.close = weakref.finalize(self, os.close, descriptor)
@@ -45,8 +47,3 @@ def locked(file: Path) -> int:
     except OSError:
         pass  # a file system that locks nothing
     return descriptor
-
-
-def is_at(file: Path, descriptor: int) -> bool:
-    """Return whether a descriptor's file is the one that has this name now."""
-    return file.exists() and os.path.samestat(file.stat(), os.fstat(descriptor))
